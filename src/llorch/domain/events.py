@@ -1,0 +1,145 @@
+"""The vocabulary of the scheduler: events are past facts that go in, commands are orders that come out.
+
+All are plain values; a test compares them. An event about a task or an attempt that is no longer there is stale and
+changes nothing.
+"""
+
+from dataclasses import dataclass
+
+from llorch.domain.pool import Replica
+from llorch.domain.task import Attempt, Fault, SessionKey, Task, TaskKey, TaskSpec
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSubmitted:
+    """Somebody wants this done. Identity, form and context size are already checked."""
+
+    spec: TaskSpec
+
+
+@dataclass(frozen=True, slots=True)
+class CancelRequested:
+    """The owner wants the task to stop."""
+
+    task: TaskKey
+
+
+@dataclass(frozen=True, slots=True)
+class FollowerJoined:
+    """A reader opened the task's stream."""
+
+    task: TaskKey
+
+
+@dataclass(frozen=True, slots=True)
+class FollowerLeft:
+    """A reader of the task's stream is gone."""
+
+    task: TaskKey
+
+
+@dataclass(frozen=True, slots=True)
+class FirstToken:
+    """The attempt produced its first token."""
+
+    task: TaskKey
+    attempt_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokensProduced:
+    """The attempt produced `count` more tokens since the last such event."""
+
+    task: TaskKey
+    attempt_id: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptEnded:
+    """The attempt is over and the engine has let go of its slot. Without a fault it ran to its end."""
+
+    task: TaskKey
+    attempt_id: int
+    fault: Fault | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaChanged:
+    """A replica is now as told here."""
+
+    replica: Replica
+
+
+@dataclass(frozen=True, slots=True)
+class SessionDeleted:
+    """The owner has no more use for the session."""
+
+    session: SessionKey
+
+
+@dataclass(frozen=True, slots=True)
+class ShutdownRequested:
+    """The service is going away; what runs may go on for `grace_s` more seconds."""
+
+    grace_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed; posted when `next_wakeup()` is due."""
+
+
+TaskEvent = (
+    TaskSubmitted | CancelRequested | FollowerJoined | FollowerLeft | FirstToken | TokensProduced | AttemptEnded
+)
+Event = TaskEvent | ReplicaChanged | SessionDeleted | ShutdownRequested | Tick
+
+
+@dataclass(frozen=True, slots=True)
+class Admit:
+    """The task is in; `queue_position` tasks are ahead of it."""
+
+    task: Task
+    queue_position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """The task stays out, and nothing has changed."""
+
+    task: TaskKey
+    fault: Fault
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Run this attempt now; the lease of its slot is held."""
+
+    task: Task
+    attempt: Attempt
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """Make the engine stop this attempt at once; AttemptEnded follows when it let go."""
+
+    attempt: Attempt
+
+
+@dataclass(frozen=True, slots=True)
+class Requeue:
+    """The attempt failed before its first token; the task waits at its old place again."""
+
+    task: Task
+    fault: Fault
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The task has ended; its state and fault say how. Nothing but the terminal frame may follow."""
+
+    task: Task
+
+
+Command = Admit | Reject | Start | Abort | Requeue | Finish

@@ -1,0 +1,174 @@
+"""What a task is to the scheduler: its wishes, its states, and the attempts made at it.
+
+Owns the state machine as data. Knows nothing of prompts, tokens' texts, HTTP or engines.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum, StrEnum
+
+from llorch.errors import LlorchError
+
+TaskKey = tuple[str, str]
+"""(tenant, task_id): the same task_id under two tenants is two tasks."""
+
+SessionKey = tuple[str, str]
+"""(tenant, session_id)."""
+
+
+class Priority(StrEnum):
+    """Levels of a route's queue, most urgent first."""
+
+    INTERACTIVE = "interactive"
+    BATCH = "batch"
+
+
+class WaitReason(StrEnum):
+    """Why a task waits."""
+
+    TASKS_AHEAD = "tasks_ahead"
+    SLOTS_BUSY = "slots_busy"
+    NO_READY_REPLICA = "no_ready_replica"
+    NO_EXACT_REPLICA = "no_exact_replica"
+
+
+class TaskState(Enum):
+    """Where a task stands. The last three are final."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELED = "canceled"
+
+    @property
+    def is_final(self) -> bool:
+        """Nothing changes any more."""
+        return not TRANSITIONS[self]
+
+
+TRANSITIONS: dict[TaskState, frozenset[TaskState]] = {
+    TaskState.QUEUED: frozenset({TaskState.RUNNING, TaskState.FAILED, TaskState.CANCELED}),
+    TaskState.RUNNING: frozenset({TaskState.QUEUED, TaskState.SUCCEEDED, TaskState.FAILED, TaskState.CANCELED}),
+    TaskState.SUCCEEDED: frozenset(),
+    TaskState.FAILED: frozenset(),
+    TaskState.CANCELED: frozenset(),
+}
+
+
+class InvalidTransition(LlorchError):
+    """A task was asked to take a step that its state does not allow; the message tells how it got there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Why something was refused or went wrong, as a value that can be compared and turned into an error."""
+
+    kind: type[LlorchError]
+    message: str = ""
+    policy_label: str | None = None
+    retry_after_ms: int | None = None
+
+    def error(self, *, engine: str | None = None, pool_id: str | None = None) -> LlorchError:
+        """The error to raise or to show for it."""
+        return self.kind(
+            self.message or None,
+            engine=engine,
+            pool_id=pool_id,
+            retry_after_ms=self.retry_after_ms,
+            policy_label=self.policy_label,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Cohort:
+    """What replicas of one replica set agree in, beyond their route. None is unverified and equals only None."""
+
+    engine_version: str | None
+    model_digest: str | None
+    exact: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What a replica must be for a task to start there: anything, exact, or exactly of one cohort."""
+
+    exact: bool = False
+    cohort: Cohort | None = None
+
+
+ANYWHERE = Need()
+EXACT = Need(exact=True)
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSpec:
+    """The wishes of a submitted task as far as they touch order, placement and time.
+
+    `deadline_s` counts from acceptance to the terminal frame. `abort_late` ends a running task at its deadline.
+    `cancel_unread` cancels the task some time after its last reader left.
+    """
+
+    key: TaskKey
+    session: SessionKey
+    priority: Priority
+    max_tokens: int
+    expected_tokens: int
+    strict: bool = False
+    deadline_s: float | None = None
+    abort_late: bool = False
+    cancel_unread: bool = False
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One run of a task on a replica. It outlives its task while the engine is still letting go."""
+
+    attempt_id: int
+    task: TaskKey
+    replica_id: str
+    slot: int
+    started_at: float
+    has_token: bool = False
+
+
+@dataclass(slots=True)
+class Task:
+    """A task that the scheduler admitted and has not finished. Times are seconds of the caller's monotonic clock.
+
+    `order` grows with admission and is kept for life: a requeued task takes its old place again. `started_at` is when
+    the first attempt started.
+    """
+
+    spec: TaskSpec
+    order: int
+    accepted_at: float
+    need: Need
+    state: TaskState = TaskState.QUEUED
+    attempt: Attempt | None = None
+    attempts: int = 0
+    started_at: float | None = None
+    first_token_at: float | None = None
+    ended_at: float | None = None
+    tokens_out: int = 0
+    readers: int = 0
+    is_late: bool = False
+    fault: Fault | None = None
+    history: list[TaskState] = field(default_factory=lambda: [TaskState.QUEUED])
+
+    @property
+    def key(self) -> TaskKey:
+        """(tenant, task_id)."""
+        return self.spec.key
+
+    @property
+    def priority(self) -> Priority:
+        """The level it queues in."""
+        return self.spec.priority
+
+    def move(self, state: TaskState) -> None:
+        """Take the step to `state`; raises InvalidTransition when the table has no such step."""
+        if state not in TRANSITIONS[self.state]:
+            story = " → ".join(step.value for step in (*self.history, state))
+            raise InvalidTransition(f"task {self.key}: {story}")
+        self.state = state
+        self.history.append(state)

@@ -1,0 +1,271 @@
+"""The single owner of all schedulers: takes events one after the other, and performs the commands that come out.
+
+Events stand in one mailbox and are handled to the end, without an await, before the next. What must outlive the
+process goes to the journal first; terminal frames follow its commit.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Mapping
+
+from llorch.domain import events as ev
+from llorch.domain.ledger import Ledger
+from llorch.domain.scheduler import Scheduler
+from llorch.domain.task import Attempt, Fault, Task, TaskKey, TaskState
+from llorch.errors import Internal
+from llorch.service import frames
+from llorch.service.ports import Accepted, Clock, Ended, Journal
+from llorch.service.records import Record, Records
+from llorch.service.runner import Runner
+from llorch.service.submission import Acceptance, Placement
+from llorch.telemetry import Telemetry
+
+ADVICE_INTERVAL_S = 1.0
+"""Waiting readers hear of a new place in the queue at most this often."""
+
+
+class Dispatcher:
+    """Use inside `async with`: it owns the attempts that run, and the loops for time, journal and expiry."""
+
+    def __init__(
+        self,
+        *,
+        schedulers: Mapping[str, Scheduler],
+        ledger: Ledger,
+        records: Records,
+        journal: Journal,
+        runner: Runner,
+        telemetry: Telemetry,
+        clock: Clock,
+        on_suspect: Callable[[str], None],
+    ) -> None:
+        self.schedulers = schedulers
+        self.ledger = ledger
+        self.records = records
+        self._journal = journal
+        self._runner = runner
+        self._telemetry = telemetry
+        self._clock = clock
+        self._on_suspect = on_suspect
+        self._mailbox: deque[tuple[str, ev.Event]] = deque()
+        self._is_handling = False
+        self._running: dict[int, asyncio.Task[Fault | None]] = {}
+        self._submitted: dict[TaskKey, Record] = {}
+        self._refusals: dict[TaskKey, Fault] = {}
+        self._ended: list[Record] = []
+        self._committer: asyncio.Task[None] | None = None
+        self._wakeup: asyncio.TimerHandle | None = None
+        self._wakeup_at: float | None = None
+        self._advice: asyncio.TimerHandle | None = None
+        self._expiry: asyncio.TimerHandle | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def now(self) -> float:
+        """The schedulers' time."""
+        return self._clock.monotonic()
+
+    def post(self, route_id: str, event: ev.Event) -> None:
+        """Handle the event and perform what follows, now or, when called from within that, right afterwards."""
+        self._mailbox.append((route_id, event))
+        if self._is_handling:
+            return
+        self._is_handling = True
+        try:
+            while self._mailbox:
+                self._handle(*self._mailbox.popleft())
+        finally:
+            self._is_handling = False
+        self._set_wakeup()
+
+    def post_to_all(self, event: ev.Event) -> None:
+        """Post what concerns every route."""
+        for route_id in self.schedulers:
+            self.post(route_id, event)
+
+    async def submit(self, record: Record, event: ev.TaskSubmitted) -> Acceptance:
+        """Let the scheduler decide on a new task; raises what it refuses with.
+
+        The caller has seen, without an await since, that the task is new.
+        """
+        self._submitted[record.key] = record
+        try:
+            self.post(record.route.route_id, event)
+        finally:
+            del self._submitted[record.key]
+        refusal = self._refusals.pop(record.key, None)
+        if refusal is not None:
+            raise refusal.error(engine=record.route.engine)
+        await self._journal.commit()
+        assert record.acceptance is not None
+        return record.acceptance
+
+    async def commit(self) -> None:
+        """Return when all that was decided so far is durable."""
+        await self._journal.commit()
+
+    async def wait_idle(self) -> None:
+        """Return when no task is live and every terminal frame is written."""
+        await self._idle.wait()
+
+    async def aclose(self) -> None:
+        """Break off what still runs, and return when every engine was told."""
+        for handle in (self._wakeup, self._advice, self._expiry):
+            if handle is not None:
+                handle.cancel()
+        running = list(self._running.values())
+        for run in running:
+            run.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        if self._committer is not None:
+            await self._committer
+
+    # Events in, commands out
+
+    def _handle(self, route_id: str, event: ev.Event) -> None:
+        scheduler = self.schedulers[route_id]
+        now = self._clock.monotonic()
+        commands = scheduler.handle(event, now)
+        for command in commands:
+            self._perform(route_id, command, now)
+        self._telemetry.observe(route_id, event, commands, now)
+        if commands:
+            self._watch_idle()
+            self._plan_advice()
+
+    def _perform(self, route_id: str, command: ev.Command, now: float) -> None:
+        match command:
+            case ev.Admit():
+                self._admit(route_id, command)
+            case ev.Reject():
+                self._refusals[command.task] = command.fault
+            case ev.Start():
+                self._start(route_id, command.task, command.attempt, now)
+            case ev.Requeue():
+                pass  # the scheduler has put it back; its Start follows in time
+            case ev.Finish():
+                self._finish(command.task, now)
+            case ev.Abort():
+                self._running[command.attempt.attempt_id].cancel()
+
+    def _admit(self, route_id: str, command: ev.Admit) -> None:
+        task = command.task
+        record = self._submitted[task.key]
+        record.task = task
+        record.acceptance = Acceptance(
+            task_id=record.submission.task_id,
+            session_id=record.submission.session_id,
+            state=TaskState.QUEUED,
+            queue_position=command.queue_position,
+        )
+        self.records.file(record)
+        self._journal.append(Accepted(*task.key, route_id=route_id, order=task.order))
+
+    def _start(self, route_id: str, task: Task, attempt: Attempt, now: float) -> None:
+        record = self._record(task)
+        replica = self.schedulers[route_id].fleet.get(attempt.replica_id)
+        assert replica is not None
+        record.placement = Placement(
+            replica.pool_id,
+            replica.replica_id,
+            attempt.attempt_id,
+            replica.cohort.engine_version,
+            replica.cohort.model_digest,
+        )
+        if task.attempts == 1:
+            record.stream.append("started", frames.started(record, now))
+        run = asyncio.get_running_loop().create_task(self._runner.run(record, attempt, self.post))
+        self._running[attempt.attempt_id] = run
+        run.add_done_callback(lambda done: self._report_end(route_id, attempt, done))
+
+    def _report_end(self, route_id: str, attempt: Attempt, run: "asyncio.Task[Fault | None]") -> None:
+        """Whatever happened to the attempt, exactly one AttemptEnded tells it."""
+        del self._running[attempt.attempt_id]
+        if run.cancelled():
+            fault = None
+        elif (error := run.exception()) is not None:
+            self._telemetry.report_bug("attempt", error)
+            fault = Fault(Internal)
+        else:
+            fault = run.result()
+        self.post(route_id, ev.AttemptEnded(attempt.task, attempt.attempt_id, fault))
+        if fault is not None:
+            self._on_suspect(attempt.replica_id)
+
+    def _finish(self, task: Task, now: float) -> None:
+        record = self._record(task)
+        record.stream.shut_gate()
+        record.prompt = None
+        self._journal.append(Ended(*task.key, code=task.fault.kind.code if task.fault else None))
+        self.records.settle(record, now)
+        self._plan_expiry()
+        self._ended.append(record)
+        if self._committer is None:
+            self._committer = asyncio.get_running_loop().create_task(self._write_terminal_frames())
+
+    async def _write_terminal_frames(self) -> None:
+        while self._ended:
+            ended, self._ended = self._ended, []
+            await self._journal.commit()
+            for record in ended:
+                record.stream.close(*frames.terminal(record))
+        self._committer = None
+        self._watch_idle()
+
+    def _record(self, task: Task) -> Record:
+        return self.records.get(task.key)
+
+    def _watch_idle(self) -> None:
+        if self._committer is None and not any(s.tasks or s.attempts for s in self.schedulers.values()):
+            self._idle.set()
+        else:
+            self._idle.clear()
+
+    # Time
+
+    def _set_wakeup(self) -> None:
+        due = min((at for s in self.schedulers.values() if (at := s.next_wakeup()) is not None), default=None)
+        if due == self._wakeup_at:
+            return
+        self._wakeup_at = due
+        if self._wakeup is not None:
+            self._wakeup.cancel()
+        self._wakeup = None if due is None else self._call_at(due, self._tick)
+
+    def _tick(self) -> None:
+        self._wakeup = self._wakeup_at = None
+        self.post_to_all(ev.Tick())
+
+    def _plan_expiry(self) -> None:
+        due = self.records.next_expiry()
+        if self._expiry is None and due is not None:
+            self._expiry = self._call_at(due, self._expire)
+
+    def _expire(self) -> None:
+        self._expiry = None
+        self.records.expire(self.now())
+        self._plan_expiry()
+
+    def _plan_advice(self) -> None:
+        if self._advice is None and any(len(s.queue) for s in self.schedulers.values()):
+            self._advice = asyncio.get_running_loop().call_later(ADVICE_INTERVAL_S, self._advise_waiting)
+
+    def _advise_waiting(self) -> None:
+        """Tell those who wait their new places; one walk over each queue."""
+        self._advice = None
+        for scheduler in self.schedulers.values():
+            for position, task in enumerate(scheduler.queue):
+                record = self._record(task)
+                if record.stream.readers and record.told_position != position:
+                    self.advise(record)
+
+    def advise(self, record: Record) -> None:
+        """Tell the readers of a queued task where it stands."""
+        task = record.admitted
+        if task.state is TaskState.QUEUED:
+            scheduler = self.schedulers[record.route.route_id]
+            record.told_position = scheduler.queue.position(task)
+            record.stream.advise("queued", frames.queued(record.told_position, scheduler.wait_reason(task)))
+
+    def _call_at(self, due: float, call: Callable[[], None]) -> asyncio.TimerHandle:
+        return asyncio.get_running_loop().call_later(max(0.0, due - self.now()), call)

@@ -1,0 +1,81 @@
+"""What the frames of a stream say."""
+
+from typing import Any
+
+from llorch.domain.task import Task, WaitReason
+from llorch.errors import LlorchError
+from llorch.service.ports import Usage
+from llorch.service.records import Record
+
+
+def started(record: Record, now: float) -> dict[str, Any]:
+    """The task has begun: where, and what it was told at acceptance."""
+    task, placed, acceptance = record.admitted, record.placed, record.acceptance
+    assert acceptance is not None
+    return {
+        "queue_position": acceptance.queue_position,
+        "predicted_start_ms": acceptance.predicted_start_ms,
+        "waited_ms": _ms(task.accepted_at, now),
+        "pool_id": placed.pool_id,
+        "replica_id": placed.replica_id,
+        "kv_warmth": None,
+    }
+
+
+def queued(position: int, reason: WaitReason) -> dict[str, Any]:
+    """The task waits."""
+    return {"queue_position": position, "predicted_start_ms": None, "reason": reason.value}
+
+
+def terminal(record: Record) -> tuple[str, dict[str, Any]]:
+    """The name and content of the frame that ends the stream of a finished task."""
+    task = record.admitted
+    if task.fault is None:
+        return "end", _end(record, task)
+    placed = record.placement
+    error = task.fault.error(engine=record.route.engine, pool_id=placed.pool_id if placed else None)
+    return "error", problem(error, record.correlation_id)
+
+
+def problem(error: LlorchError, correlation_id: str) -> dict[str, Any]:
+    """The one envelope for errors, on the wire and in streams."""
+    return {
+        "code": error.code,
+        "message": error.message,
+        "engine": error.engine,
+        "pool_id": error.pool_id,
+        "retriable": error.retriable,
+        "retry_after_ms": error.retry_after_ms,
+        "policy_label": error.policy_label,
+        "details": error.details,
+        "correlation_id": correlation_id,
+    }
+
+
+def _end(record: Record, task: Task) -> dict[str, Any]:
+    completed = record.completed
+    assert completed is not None
+    assert task.started_at is not None
+    assert task.ended_at is not None
+    first = task.first_token_at
+    return {
+        "tokens_out": completed.usage.completion_tokens,
+        "decode_ms": None if first is None else _ms(first, task.ended_at),
+        "first_token_ms": None if first is None else _ms(task.accepted_at, first),
+        "waited_ms": _ms(task.accepted_at, task.started_at),
+        "finish_reason": completed.finish_reason,
+        "usage": usage(completed.usage),
+    }
+
+
+def usage(used: Usage) -> dict[str, Any]:
+    """Token counts on the wire."""
+    return {
+        "prompt_tokens": used.prompt_tokens,
+        "completion_tokens": used.completion_tokens,
+        "cached_tokens": used.cached_tokens,
+    }
+
+
+def _ms(start: float, end: float) -> int:
+    return max(0, round((end - start) * 1000))

@@ -1,0 +1,191 @@
+"""What the use cases need from the rooms outside: an engine, a journal, a clock.
+
+The rooms outside implement these; nothing here knows how.
+"""
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Resolved sampling parameters of a task: its own over those of its sampler profile. None leaves the engine's default."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    stop: tuple[str, ...] = ()
+    grammar: str | None = None
+    json_schema: Mapping[str, Any] | None = None
+
+    def overridden_by(self, own: "Sampling") -> "Sampling":
+        """These parameters, with those that `own` names in their place."""
+        named = {f.name: value for f in fields(own) if (value := getattr(own, f.name)) not in (None, ())}
+        return replace(self, **named) if named else self
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One attempt's order to an engine.
+
+    `prompt` is raw text, the chat template already applied. `slot` (from 0) is the engine's slot that the attempt holds
+    the lease of; an engine that lets its client choose works there.
+    """
+
+    prompt: str
+    max_tokens: int
+    seed: int
+    strict: bool
+    slot: int = 0
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts that the engine reported; None where it told nothing."""
+
+    prompt_tokens: int | None
+    completion_tokens: int
+    cached_tokens: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """The engine's last word on a generation. `finish_reason` is `stop`, `length` or `stop_sequence`."""
+
+    finish_reason: str
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What arrived together: token texts in order, perhaps none (prefill progress), and the end when it was among it."""
+
+    tokens: Sequence[str]
+    completed: Completed | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """What a running engine tells about itself; None where it cannot tell."""
+
+    slots: int | None
+    ctx_per_slot: int | None
+    engine_version: str | None
+    model_digest: str | None
+    model_name: str | None
+    features: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One chat message."""
+
+    role: str
+    content: str
+
+
+class Batches(Protocol):
+    """An engine's answer as it comes, for one consumer."""
+
+    def __aiter__(self) -> AsyncIterator[Batch]:
+        """Iterate once."""
+        ...
+
+    async def aclose(self) -> None:
+        """Stop: the engine is told at once, by closing the connection. Idempotent."""
+        ...
+
+
+class Engine(Protocol):
+    """Client of one replica. It holds connections and no task state; every method raises LlorchErrors only.
+
+    Raises WorkerReset when the replica cannot be reached or breaks off, DecodeTimeout when it falls silent,
+    PoolUnready while it loads, InvalidParams when it refuses the request itself.
+    """
+
+    def generate(self, generation: Generation) -> Batches:
+        """Yield what the engine produces, as it comes; the last Batch has `completed`.
+
+        Closing the iterator (aclose) or cancelling the consumer tells the engine at once, by closing the connection,
+        and returns only when the connection is closed.
+        """
+        ...
+
+    async def check_health(self) -> None:
+        """Return when the replica can take work; raise PoolUnready or WorkerReset when it cannot."""
+        ...
+
+    async def read_facts(self) -> EngineFacts:
+        """Ask the replica what it is."""
+        ...
+
+    async def wait_released(self, slot: int) -> None:
+        """Return when the engine has let go of a slot whose generation was broken off, or can no longer be asked.
+
+        An engine that is slow to abort (a long prefill) would otherwise be overfilled. Bounded by the adapter.
+        """
+        ...
+
+    async def count_busy_slots(self) -> int | None:
+        """How many slots the engine itself says are working; None where it cannot tell."""
+        ...
+
+    async def count_tokens(self, text: str) -> int:
+        """Tokens of a raw prompt as the engine will see it, special tokens included."""
+        ...
+
+    async def render_messages(self, messages: Sequence[Message]) -> str:
+        """The raw prompt that the model's chat template makes of the messages."""
+        ...
+
+    async def aclose(self) -> None:
+        """Close every connection. Idempotent."""
+        ...
+
+
+class Clock(Protocol):
+    """Time as the service sees it."""
+
+    def monotonic(self) -> float:
+        """Seconds that never run backwards."""
+        ...
+
+    def wall(self) -> float:
+        """Seconds since the Unix epoch."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The decision to admit a task. `order` sorts the tasks of a route as they were admitted."""
+
+    tenant: str
+    task_id: str
+    route_id: str
+    order: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The decision how a task ended. `code` is None for success."""
+
+    tenant: str
+    task_id: str
+    code: str | None
+
+
+Decision = Accepted | Ended
+
+
+class Journal(Protocol):
+    """The durable list of decisions. An implementation may batch: only `commit` promises durability."""
+
+    def append(self, decision: Decision) -> None:
+        """Add a decision; it is durable once a later `commit` returned."""
+        ...
+
+    async def commit(self) -> None:
+        """Return when everything appended before the call is durable."""
+        ...

@@ -1,0 +1,148 @@
+"""Everything the service remembers of its tasks, found by (tenant, task_id), bounded in time and number.
+
+A transcript expires first, its record later; a forgotten task was never there. What is live is never forgotten.
+"""
+
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from llorch.domain.task import Task, TaskKey, WaitReason
+from llorch.errors import NotFound
+from llorch.service.ports import Completed
+from llorch.service.prompts import Prompt
+from llorch.service.routes import Route
+from llorch.service.streams import TaskStream
+from llorch.service.submission import Acceptance, Placement, Submission
+
+
+@dataclass(slots=True, eq=False)
+class Record:
+    """One accepted task: what was asked, what the scheduler makes of it, and its stream.
+
+    `number` grows with acceptance over all routes. `prompt` is given back when the task has ended. `accepted_wall` in
+    seconds since the Unix epoch.
+    """
+
+    submission: Submission
+    route: Route
+    seed: int
+    correlation_id: str
+    accepted_wall: float
+    prompt: Prompt | None
+    stream: TaskStream = field(default_factory=TaskStream)
+    number: int = 0
+    task: Task | None = None
+    acceptance: Acceptance | None = None
+    placement: Placement | None = None
+    completed: Completed | None = None
+    wait_reasons: list[WaitReason] = field(default_factory=list)
+    told_position: int | None = None
+
+    @property
+    def key(self) -> TaskKey:
+        """(tenant, task_id)."""
+        return self.submission.tenant, self.submission.task_id
+
+    def note_wait(self, reason: WaitReason) -> None:
+        """Remember why the task waits, once for each change."""
+        if not self.wait_reasons or self.wait_reasons[-1] is not reason:
+            self.wait_reasons.append(reason)
+
+    @property
+    def placed(self) -> Placement:
+        """Where the newest attempt runs; only a task that has started has one."""
+        assert self.placement is not None
+        return self.placement
+
+    @property
+    def admitted(self) -> Task:
+        """The scheduler's view; only a record that is filed has one."""
+        assert self.task is not None
+        return self.task
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """How long finished things are kept, in seconds from their end, and how many records a tenant may have."""
+
+    transcript_s: float = 300.0
+    record_s: float = 3600.0
+    records_per_tenant: int = 10_000
+
+
+class Records:
+    """The index of tasks."""
+
+    def __init__(self, retention: Retention) -> None:
+        self._retention = retention
+        self._by_tenant: dict[str, OrderedDict[str, Record]] = {}
+        self._by_number: dict[str, OrderedDict[int, Record]] = {}
+        self._finished: dict[str, OrderedDict[str, Record]] = {}
+        self._transcripts: deque[tuple[float, Record]] = deque()
+        self._records: deque[tuple[float, Record]] = deque()
+        self._last_number = 0
+
+    def find(self, key: TaskKey) -> Record | None:
+        """The record, if it is still kept."""
+        tenant, task_id = key
+        records = self._by_tenant.get(tenant)
+        return None if records is None else records.get(task_id)
+
+    def get(self, key: TaskKey) -> Record:
+        """The record; raises NotFound for one that is not kept or is another tenant's."""
+        record = self.find(key)
+        if record is None:
+            raise NotFound(f"there is no task {key[1]}")
+        return record
+
+    def file(self, record: Record) -> None:
+        """Keep the record of a task that was admitted."""
+        self._last_number += 1
+        record.number = self._last_number
+        tenant, task_id = record.key
+        self._by_tenant.setdefault(tenant, OrderedDict())[task_id] = record
+        self._by_number.setdefault(tenant, OrderedDict())[record.number] = record
+        self._make_room(tenant)
+
+    def settle(self, record: Record, now: float) -> None:
+        """The task has ended: its time to be forgotten begins."""
+        tenant, task_id = record.key
+        self._finished.setdefault(tenant, OrderedDict())[task_id] = record
+        self._transcripts.append((now + self._retention.transcript_s, record))
+        self._records.append((now + self._retention.record_s, record))
+
+    def newest_first(self, tenant: str, before: int | None) -> Iterator[Record]:
+        """A tenant's records, from the one accepted last, or from the one before number `before`."""
+        for number, record in reversed(self._by_number.get(tenant, OrderedDict()).items()):
+            if before is None or number < before:
+                yield record
+
+    def expire(self, now: float) -> None:
+        """Forget what is due."""
+        while self._transcripts and self._transcripts[0][0] <= now:
+            self._transcripts.popleft()[1].stream.drop_transcript()
+        while self._records and self._records[0][0] <= now:
+            self._forget(self._records.popleft()[1])
+
+    def next_expiry(self) -> float | None:
+        """When there is something to forget, in the seconds of `now`."""
+        dues = [queue[0][0] for queue in (self._transcripts, self._records) if queue]
+        return min(dues, default=None)
+
+    def _make_room(self, tenant: str) -> None:
+        finished = self._finished.get(tenant)
+        while finished and len(self._by_tenant[tenant]) > self._retention.records_per_tenant:
+            self._forget(next(iter(finished.values())))
+
+    def _forget(self, record: Record) -> None:
+        """Idempotent: a record that was crowded out is met again when its time comes."""
+        tenant, task_id = record.key
+        if self.find(record.key) is not record:
+            return
+        record.stream.drop_transcript()
+        del self._by_tenant[tenant][task_id]
+        del self._by_number[tenant][record.number]
+        self._finished[tenant].pop(task_id, None)
+        if not self._by_tenant[tenant]:
+            del self._by_tenant[tenant], self._by_number[tenant], self._finished[tenant]

@@ -1,0 +1,224 @@
+"""The stream of one task: durable frames, encoded once, for any number of readers, closed exactly once.
+
+Owns SSE framing, ids and transcripts. A token costs one encoding and, per reader, at most one wake-up for all tokens
+that arrived together; nothing a reader does reaches the engine.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import msgspec
+
+from llorch.errors import StreamGone
+
+HEARTBEAT = b": hb\n\n"
+OVERHEAD_FRAMES = 2
+"""Durable frames of a transcript that are not tokens: `started` and the terminal one."""
+
+_encode = msgspec.json.encode
+
+
+class _TokenData(msgspec.Struct):
+    t: str
+    i: int
+
+
+_decode_token = msgspec.json.Decoder(_TokenData).decode
+
+
+class TaskStream:
+    """Durable frames of one task in order; the frame with id n is `frames[n - 1]`.
+
+    After `shut_gate` nothing but the terminal frame is taken in; after `close` nothing at all.
+    """
+
+    __slots__ = ("_frames", "_gate_open", "_readers", "_tokens", "is_closed", "is_gone")
+
+    def __init__(self) -> None:
+        self._frames: list[bytes] = []
+        self._readers: list[Reader] = []
+        self._tokens = 0
+        self._gate_open = True
+        self.is_closed = False
+        self.is_gone = False
+
+    @property
+    def last_id(self) -> int:
+        """Id of the newest durable frame; 0 before the first."""
+        return len(self._frames)
+
+    @property
+    def readers(self) -> int:
+        """How many follow now."""
+        return len(self._readers)
+
+    def append(self, event: str, data: Any) -> None:
+        """Add a durable frame, unless the gate is shut."""
+        if self._gate_open:
+            self._add(event, data)
+
+    def append_tokens(self, texts: Iterable[str]) -> None:
+        """Add a `token` frame for each text, unless the gate is shut."""
+        if not self._gate_open:
+            return
+        frames = self._frames
+        n, i = len(frames), self._tokens
+        for text in texts:
+            n += 1
+            frames.append(b'id: %d\nevent: token\ndata: {"t":%b,"i":%d}\n\n' % (n, _encode(text), i))
+            i += 1
+        self._tokens = i
+        for reader in self._readers:
+            reader.wake()
+
+    def shut_gate(self) -> None:
+        """From now on only the terminal frame may come."""
+        self._gate_open = False
+
+    def close(self, event: str, data: Any) -> None:
+        """Add the terminal frame. A second call changes nothing."""
+        if self.is_closed:
+            return
+        self.is_closed = True
+        self._gate_open = False
+        self._add(event, data)
+
+    def drop_transcript(self) -> None:
+        """Give the frames back; whoever still wants to read gets StreamGone."""
+        self.is_gone = True
+        self._frames = []
+        for reader in self._readers:
+            reader.wake()
+
+    def output(self) -> str:
+        """The text of all tokens so far."""
+        tokens = (frame for frame in self._frames if b"\nevent: token\n" in frame)
+        return "".join(_decode_token(frame[frame.index(b"data: ") + 6 :]).t for frame in tokens)
+
+    def advise(self, event: str, data: Any) -> None:
+        """Tell present readers something of the moment: no id, never replayed, only the newest is kept."""
+        advice = b"event: %b\ndata: %b\n\n" % (event.encode(), _encode(data))
+        for reader in self._readers:
+            reader.advise(advice)
+
+    def join(self, after: int, on_leave: Callable[[], None]) -> "Reader":
+        """A reader that continues behind the frame with id `after` (0: from the start)."""
+        if self.is_gone:
+            raise StreamGone
+        reader = Reader(self, after, on_leave)
+        self._readers.append(reader)
+        return reader
+
+    def ready(self, after: int) -> list[bytes]:
+        """The frames behind id `after`."""
+        return self._frames[after:]
+
+    def leave(self, reader: "Reader") -> None:
+        """The reader follows no more."""
+        self._readers.remove(reader)
+
+    def _add(self, event: str, data: Any) -> None:
+        self._frames.append(
+            b"id: %d\nevent: %b\ndata: %b\n\n" % (len(self._frames) + 1, event.encode(), _encode(data))
+        )
+        for reader in self._readers:
+            reader.wake()
+
+
+class Reader:
+    """One follower of a stream. `read` gives bytes for the wire until the terminal frame was given."""
+
+    __slots__ = ("_advice", "_on_leave", "_stream", "_swept_at", "_waiter", "cursor")
+
+    def __init__(self, stream: TaskStream, after: int, on_leave: Callable[[], None]) -> None:
+        self._stream = stream
+        self._on_leave: Callable[[], None] | None = on_leave
+        self._advice = b""
+        self._waiter: asyncio.Future[None] | None = None
+        self._swept_at = -1
+        self.cursor = after
+
+    @property
+    def is_done(self) -> bool:
+        """The terminal frame was given, or the reader has left: nothing will follow."""
+        return self._on_leave is None or (self._stream.is_closed and self.cursor >= self._stream.last_id)
+
+    async def read(self) -> bytes:
+        """Everything that is ready now, or else the next thing that comes; empty when nothing will.
+
+        Raises StreamGone when the transcript was dropped before the reader had it all.
+        """
+        while True:
+            if self._advice or self.cursor < self._stream.last_id:
+                return self._take()
+            if self.is_done:
+                return b""
+            if self._stream.is_gone:
+                raise StreamGone
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+
+    def wake(self) -> None:
+        """There may be something to read."""
+        waiter = self._waiter
+        if waiter is not None:
+            self._waiter = None
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def advise(self, advice: bytes) -> None:
+        """Give this out before the next durable frames, instead of older advice that was not read."""
+        self._advice = advice
+        self.wake()
+
+    def beat_if_idle(self) -> None:
+        """Send a heartbeat when no durable frame was given since the last call."""
+        if self._swept_at == self.cursor and not self._advice:
+            self.advise(HEARTBEAT)
+        self._swept_at = self.cursor
+
+    def leave(self) -> None:
+        """Stop following. Idempotent."""
+        if self._on_leave is not None:
+            on_leave, self._on_leave = self._on_leave, None
+            self._stream.leave(self)
+            self.wake()
+            on_leave()
+
+    def _take(self) -> bytes:
+        advice, self._advice = self._advice, b""
+        frames = self._stream.ready(self.cursor)
+        self.cursor += len(frames)
+        if len(frames) == 1 and not advice:
+            return frames[0]
+        return advice + b"".join(frames)
+
+
+class OpenReaders:
+    """All readers of the service; beats for the idle ones. One timer serves them all."""
+
+    def __init__(self, heartbeat_s: float) -> None:
+        self._heartbeat_s = heartbeat_s
+        self._readers: set[Reader] = set()
+
+    def __len__(self) -> int:
+        return len(self._readers)
+
+    def __iter__(self) -> Iterator[Reader]:
+        return iter(self._readers)
+
+    def add(self, reader: Reader) -> None:
+        """Beat for this one too."""
+        self._readers.add(reader)
+
+    def discard(self, reader: Reader) -> None:
+        """Beat no more for it. Idempotent."""
+        self._readers.discard(reader)
+
+    async def beat(self) -> None:
+        """Sweep for ever; a silent stream gets a heartbeat after at most `heartbeat_s` seconds."""
+        while True:
+            await asyncio.sleep(self._heartbeat_s / 2)
+            for reader in tuple(self._readers):
+                reader.beat_if_idle()
