@@ -90,10 +90,10 @@ class Tick:
     """Time has passed; posted when `next_wakeup()` is due."""
 
 
-TaskEvent = (
-    TaskSubmitted | CancelRequested | FollowerJoined | FollowerLeft | FirstToken | TokensProduced | AttemptEnded
-)
-Event = TaskEvent | ReplicaChanged | SessionDeleted | ShutdownRequested | Tick
+Deciding = TaskSubmitted | CancelRequested | AttemptEnded | ReplicaChanged | SessionDeleted | ShutdownRequested | Tick
+"""Facts that orders may follow from."""
+
+Event = Deciding | FollowerJoined | FollowerLeft | FirstToken | TokensProduced
 
 
 @dataclass(frozen=True, slots=True)

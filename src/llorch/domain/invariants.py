@@ -1,48 +1,64 @@
 """What must hold between the parts of a scheduler after every event; tests ask for it."""
 
-from __future__ import annotations
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
-
-from llorch.domain.task import TaskState
-
-if TYPE_CHECKING:
-    from llorch.domain.scheduler import Scheduler
+from llorch.domain.ledger import Ledger
+from llorch.domain.pool import Fleet
+from llorch.domain.queue import TaskQueue
+from llorch.domain.task import Attempt, SessionKey, Task, TaskKey, TaskState
 
 
-def broken_invariants(scheduler: Scheduler) -> Iterator[str]:
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The parts of a scheduler that must agree."""
+
+    tasks: Mapping[TaskKey, Task]
+    attempts: Mapping[int, Attempt]
+    sessions: Mapping[SessionKey, Collection[TaskKey]]
+    queue: TaskQueue
+    fleet: Fleet
+    ledger: Ledger
+
+
+def broken_invariants(parts: Parts) -> Iterator[str]:
     """Say what does not add up. Costs O(tasks)."""
-    yield from _broken_tasks(scheduler)
-    yield from _broken_leases(scheduler)
+    yield from _broken_queue(parts)
+    yield from _broken_tasks(parts)
+    yield from _broken_leases(parts)
 
 
-def _broken_tasks(scheduler: Scheduler) -> Iterator[str]:
-    waiting = [task.key for task in scheduler.queue]
-    if len(waiting) != len(set(waiting)) or len(waiting) != len(scheduler.queue):
+def _broken_queue(parts: Parts) -> Iterator[str]:
+    waiting = [task.key for task in parts.queue]
+    if len(waiting) != len(set(waiting)) or len(waiting) != len(parts.queue):
         yield f"waits more than once: {waiting}"
-    if not set(waiting) <= scheduler.tasks.keys():
-        yield f"waiting but not live: {set(waiting) - scheduler.tasks.keys()}"
-    for key, task in scheduler.tasks.items():
+    queued = {key for key, task in parts.tasks.items() if task.state is TaskState.QUEUED}
+    if queued != set(waiting):
+        yield f"queued, but not waiting: {queued - set(waiting)}; waiting, but not queued: {set(waiting) - queued}"
+
+
+def _broken_tasks(parts: Parts) -> Iterator[str]:
+    for key, task in parts.tasks.items():
         if task.state.is_final:
             yield f"{key} is {task.state} and still live"
-        if (task.state is TaskState.QUEUED) != (key in waiting):
-            yield f"{key} is {task.state}, in the queue: {key in waiting}"
         if (task.state is TaskState.RUNNING) != (task.attempt is not None):
             yield f"{key} is {task.state} with attempt {task.attempt}"
-        if key not in scheduler.sessions.get(task.spec.session, ()):
+        if key not in parts.sessions.get(task.spec.session, ()):
             yield f"{key} is missing in its session"
+    if sum(map(len, parts.sessions.values())) != len(parts.tasks):
+        yield f"sessions name tasks that are not live: {parts.sessions}"
 
 
-def _broken_leases(scheduler: Scheduler) -> Iterator[str]:
-    leases = {lease.attempt_id: lease for lease in scheduler.ledger.leases()}
-    for attempt_id, attempt in scheduler.attempts.items():
+def _broken_leases(parts: Parts) -> Iterator[str]:
+    leases = {lease.attempt_id: lease for lease in parts.ledger.leases()}
+    for attempt_id, attempt in parts.attempts.items():
         lease = leases.get(attempt_id)
-        if lease is None or lease.replica_id != attempt.replica_id:
+        task = parts.tasks.get(attempt.task)
+        if lease is None or (lease.replica_id, lease.slot) != (attempt.replica_id, attempt.slot):
             yield f"attempt {attempt_id} has the lease {lease}"
-        elif lease.releasing != (scheduler.running(attempt.task, attempt_id) is None):
+        elif lease.releasing != (task is None or task.attempt is not attempt):
             yield f"attempt {attempt_id} of {attempt.task} releasing: {lease.releasing}"
-    for replica in scheduler.fleet:
-        slots = [a.slot for a in scheduler.attempts.values() if a.replica_id == replica.replica_id]
+    for replica in parts.fleet:
+        slots = [a.slot for a in parts.attempts.values() if a.replica_id == replica.replica_id]
         if len(slots) != len(set(slots)):
             yield f"{replica.replica_id} has a slot twice: {slots}"

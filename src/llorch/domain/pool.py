@@ -3,7 +3,7 @@
 How a replica's state is found out is not known here; it comes in as ReplicaChanged.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -81,7 +81,7 @@ class Fleet:
         busy = self._ledger.busy_slots
         return [r for r in self if r.state is ReplicaState.READY and busy(r.replica_id) < r.slots]
 
-    def least_loaded(self, candidates: Callable[[Replica], bool]) -> Replica | None:
-        """The free replica with the smallest share of its slots busy; the first configured of equals."""
-        fit = [r for r in self.free() if candidates(r)]
-        return min(fit, key=lambda r: self._ledger.busy_slots(r.replica_id) / r.slots, default=None)
+    def least_loaded(self, free: Sequence[Replica], need: Need) -> Replica:
+        """Of those that meet the need, the one with the smallest share of its slots busy; the first of equals."""
+        fit = [replica for replica in free if replica.meets(need)]
+        return min(fit, key=lambda replica: self._ledger.busy_slots(replica.replica_id) / replica.slots)

@@ -7,10 +7,19 @@ Three independent systems with this very job have this shape: dask's worker stat
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import assert_never
 
 from llorch.domain import events as ev
-from llorch.domain.invariants import broken_invariants
+from llorch.domain.faults import (
+    CANCELED,
+    LATE,
+    REPLICA_FAULTS,
+    RETRIED_FAULTS,
+    SESSION_DELETED,
+    SHUTDOWN,
+    STRANDED,
+    UNREAD,
+)
+from llorch.domain.invariants import Parts, broken_invariants
 from llorch.domain.ledger import Ledger
 from llorch.domain.pool import Fleet, Replica, ReplicaState
 from llorch.domain.queue import TaskQueue
@@ -29,29 +38,7 @@ from llorch.domain.task import (
     WaitReason,
 )
 from llorch.domain.timers import Timer, Timers
-from llorch.errors import (
-    AdmissionReject,
-    Canceled,
-    DeadlineUnmet,
-    DecodeTimeout,
-    PoolUnavailable,
-    PoolUnready,
-    ReplicaExhausted,
-    WorkerReset,
-)
-
-REPLICA_FAULTS = (WorkerReset, PoolUnready, DecodeTimeout)
-"""Ends of an attempt that speak against the replica: it gets no more tasks until a probe found it Ready."""
-
-RETRIED_FAULTS = (WorkerReset, PoolUnready)
-"""Of these, the ones after which the task is tried elsewhere, as long as no token was seen."""
-
-CANCELED = Fault(Canceled, "canceled by its owner")
-SESSION_DELETED = Fault(Canceled, "its session was deleted", policy_label="session")
-UNREAD = Fault(Canceled, "its last reader left and did not come back", policy_label="reader-gone")
-STRANDED = Fault(PoolUnready, "no replica of the route can take it, and none is coming up")
-LATE = Fault(DeadlineUnmet, "the deadline passed before the task could end")
-SHUTDOWN = Fault(PoolUnavailable, "the service is shutting down; try another or try again later", policy_label="shutdown")
+from llorch.errors import AdmissionReject, DecodeTimeout, ReplicaExhausted
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,35 +67,42 @@ class Scheduler:
         self._closing: Fault | None = None
 
     def handle(self, event: ev.Event, now: float) -> list[ev.Command]:
-        """Take in a fact and answer with the orders that follow from it. `now` in seconds, never smaller than before."""
+        """Take in a fact and answer with the orders that follow. `now` is in seconds, never smaller than before."""
+        match event:
+            case ev.FirstToken() | ev.TokensProduced() | ev.FollowerJoined() | ev.FollowerLeft():
+                self._note(event, now)
+                return []
+            case _:
+                return [*self._decide(event, now), *self._fire_timers(now), *self._start_tasks(now)]
+
+    def _note(self, event: ev.FirstToken | ev.TokensProduced | ev.FollowerJoined | ev.FollowerLeft, now: float) -> None:
+        """Take in what calls for no order now."""
         match event:
             case ev.TokensProduced():
-                return self._count_tokens(event)
+                self._count_tokens(event)
             case ev.FirstToken():
-                return self._note_first_token(event, now)
-            case ev.TaskSubmitted():
-                commands = self._submit(event.spec, now)
-            case ev.AttemptEnded():
-                commands = self._end_attempt(event, now)
-            case ev.CancelRequested():
-                commands = self._finish(event.task, TaskState.CANCELED, CANCELED, now)
+                self._note_first_token(event, now)
             case ev.FollowerJoined():
-                return self._join(event.task)
+                self._join(event.task)
             case ev.FollowerLeft():
-                return self._leave(event.task, now)
+                self._leave(event.task, now)
+
+    def _decide(self, event: ev.Deciding, now: float) -> list[ev.Command]:
+        match event:
+            case ev.TaskSubmitted():
+                return self._submit(event.spec, now)
+            case ev.AttemptEnded():
+                return self._end_attempt(event, now)
+            case ev.CancelRequested():
+                return self._finish(event.task, TaskState.CANCELED, CANCELED, now)
             case ev.ReplicaChanged():
-                commands = self._change_replica(event.replica, now)
+                return self._change_replica(event.replica, now)
             case ev.SessionDeleted():
-                commands = self._delete_session(event.session, now)
+                return self._delete_session(event.session, now)
             case ev.ShutdownRequested():
-                commands = self._shut_down(event.grace_s, now)
+                return self._shut_down(event.grace_s, now)
             case ev.Tick():
-                commands = []
-            case _:
-                assert_never(event)
-        commands += self._fire_timers(now)
-        commands += self._start_tasks(now)
-        return commands
+                return []
 
     def next_wakeup(self) -> float | None:
         """When a Tick is due, in the same seconds as `now`; None while nothing waits for time to pass."""
@@ -157,9 +151,7 @@ class Scheduler:
             task = self.queue.head(lambda need: any(replica.meets(need) for replica in free))
             if task is None:
                 break
-            replica = self.fleet.least_loaded(lambda replica: replica.meets(task.need))
-            assert replica is not None
-            commands.append(self._start(task, replica, now))
+            commands.append(self._start(task, self.fleet.least_loaded(free, task.need), now))
         return commands
 
     def _start(self, task: Task, replica: Replica, now: float) -> ev.Start:
@@ -185,18 +177,16 @@ class Scheduler:
 
     # What runs report
 
-    def _note_first_token(self, event: ev.FirstToken, now: float) -> list[ev.Command]:
+    def _note_first_token(self, event: ev.FirstToken, now: float) -> None:
         task = self.running(event.task, event.attempt_id)
         if task is not None and task.attempt is not None:
             task.attempt.has_token = True
             task.first_token_at = now
-        return []
 
-    def _count_tokens(self, event: ev.TokensProduced) -> list[ev.Command]:
+    def _count_tokens(self, event: ev.TokensProduced) -> None:
         task = self.running(event.task, event.attempt_id)
         if task is not None:
             task.tokens_out += event.count
-        return []
 
     def _end_attempt(self, event: ev.AttemptEnded, now: float) -> list[ev.Command]:
         attempt = self.attempts.pop(event.attempt_id, None)
@@ -214,7 +204,7 @@ class Scheduler:
         return self._retry_or_fail(task, attempt, event.fault, now)
 
     def _retry_or_fail(self, task: Task, attempt: Attempt, fault: Fault, now: float) -> list[ev.Command]:
-        """1. tokens were seen, or not a fault to retry: the end. 2. going away. 3. late. 4. tried enough. 5. try again."""
+        """1. Not to be retried: the end. 2. Going away. 3. Late. 4. Tried enough. 5. Try again."""
         if attempt.has_token or not issubclass(fault.kind, RETRIED_FAULTS):
             return self._finish(task.key, TaskState.FAILED, fault, now)
         if self._closing is not None:
@@ -231,20 +221,18 @@ class Scheduler:
 
     # Readers
 
-    def _join(self, key: TaskKey) -> list[ev.Command]:
+    def _join(self, key: TaskKey) -> None:
         task = self.tasks.get(key)
         if task is not None:
             task.readers += 1
             self._timers.clear(key, Timer.UNREAD)
-        return []
 
-    def _leave(self, key: TaskKey, now: float) -> list[ev.Command]:
+    def _leave(self, key: TaskKey, now: float) -> None:
         task = self.tasks.get(key)
         if task is not None:
             task.readers -= 1
             if task.readers == 0 and task.spec.cancel_unread:
                 self._timers.set(key, Timer.UNREAD, now + self.policy.unread_grace_s)
-        return []
 
     # Ends
 
@@ -324,5 +312,6 @@ class Scheduler:
 
     def check_invariants(self) -> None:
         """Raise AssertionError naming what does not add up. Costs O(tasks)."""
-        for broken in broken_invariants(self):
+        parts = Parts(self.tasks, self.attempts, self.sessions, self.queue, self.fleet, self.ledger)
+        for broken in broken_invariants(parts):
             raise AssertionError(broken)

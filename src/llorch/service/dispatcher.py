@@ -7,6 +7,7 @@ process goes to the journal first; terminal frames follow its commit.
 import asyncio
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from llorch.domain import events as ev
 from llorch.domain.ledger import Ledger
@@ -96,9 +97,10 @@ class Dispatcher:
         refusal = self._refusals.pop(record.key, None)
         if refusal is not None:
             raise refusal.error(engine=record.route.engine)
-        await self._journal.commit()
         assert record.acceptance is not None
-        return record.acceptance
+        record.acceptance = acceptance = replace(record.acceptance, state=record.admitted.state)
+        await self._journal.commit()
+        return acceptance
 
     async def commit(self) -> None:
         """Return when all that was decided so far is durable."""
@@ -196,6 +198,8 @@ class Dispatcher:
         record = self._record(task)
         record.stream.shut_gate()
         record.prompt = None
+        if record.completed is not None and (tokens := record.completed.usage.prompt_tokens) is not None:
+            self._telemetry.observe_usage(record.placed.attempt_id, tokens)
         self._journal.append(Ended(*task.key, code=task.fault.kind.code if task.fault else None))
         self.records.settle(record, now)
         self._plan_expiry()

@@ -4,15 +4,15 @@ Owns the loop of probes of each replica, and the views of pools and replica sets
 """
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from llorch.domain import events as ev
-from llorch.domain.pool import Replica, ReplicaState
+from llorch.domain.pool import ReplicaState
 from llorch.domain.scheduler import Scheduler
 from llorch.domain.task import Cohort, Priority
 from llorch.errors import LlorchError, NotFound
 from llorch.service.inventory import PoolView, ReplicaHealth, ReplicaSetView
-from llorch.service.ports import Clock, Engine
+from llorch.service.ports import Clock, Engine, Post
 from llorch.service.probes import Pool, ReplicaConfig, Watched
 from llorch.service.routes import Routes
 
@@ -67,7 +67,9 @@ class Pools:
         ]
 
     def count_ready(self) -> int:
-        """Replicas that take tasks now."""
+        """Replicas that take tasks now; none while the service shuts down."""
+        if self.is_draining:
+            return 0
         return sum(r.state is ReplicaState.READY for s in self._schedulers.values() for r in s.fleet)
 
     def ready_engine(self, route_id: str) -> Engine | None:
@@ -152,4 +154,3 @@ class Pools:
             is_exact=watched.replica().cohort.exact,
             last_error=watched.last_error,
         )
-

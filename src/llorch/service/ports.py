@@ -3,14 +3,19 @@
 The rooms outside implement these; nothing here knows how.
 """
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
+
+from llorch.domain.events import Event
+
+Post = Callable[[str, Event], None]
+"""Takes an event to the scheduler of a route."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """Resolved sampling parameters of a task: its own over those of its sampler profile. None leaves the engine's default."""
+    """Sampling parameters; None leaves what the profile or the engine has."""
 
     temperature: float | None = None
     top_p: float | None = None
@@ -60,7 +65,7 @@ class Completed:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What arrived together: token texts in order, perhaps none (prefill progress), and the end when it was among it."""
+    """What arrived together: token texts in order, perhaps none (prefill progress), and the end if it was there."""
 
     tokens: Sequence[str]
     completed: Completed | None = None

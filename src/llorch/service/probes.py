@@ -52,7 +52,7 @@ class Watched:
         self.state = ReplicaState.STARTING
 
     def replica(self) -> Replica:
-        """What the scheduler is told. Until the engine has answered once, its slots are taken for what is configured."""
+        """What the scheduler is told. Until the engine has answered, its slots are taken for what is configured."""
         slots = self._facts.slots if self._facts is not None else self.config.slots
         return Replica(
             replica_id=self.config.replica_id,

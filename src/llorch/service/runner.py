@@ -5,22 +5,20 @@ tokens that arrived together there is one loop turn here, and nothing else.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import aclosing
 from dataclasses import replace
 
 from llorch.domain import events as ev
 from llorch.domain.task import Attempt, Fault
 from llorch.errors import LlorchError, WorkerReset
-from llorch.service.ports import Clock, Engine, Generation
+from llorch.service.ports import Clock, Engine, Generation, Post
 from llorch.service.prompts import check_prompt
 from llorch.service.records import Record
 
 REPORT_TOKENS = 32
 REPORT_S = 0.5
 """TokensProduced is posted when this many tokens, or seconds, have come together."""
-
-Post = Callable[[str, ev.Event], None]
 
 
 class Runner:

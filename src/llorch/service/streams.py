@@ -13,8 +13,8 @@ import msgspec
 from llorch.errors import StreamGone
 
 HEARTBEAT = b": hb\n\n"
-OVERHEAD_FRAMES = 2
-"""Durable frames of a transcript that are not tokens: `started` and the terminal one."""
+OVERHEAD_FRAMES = 3
+"""Durable frames beside one per token: `started`, a piece of text that comes with the end, and the terminal one."""
 
 _encode = msgspec.json.encode
 
@@ -119,9 +119,7 @@ class TaskStream:
         self._readers.remove(reader)
 
     def _add(self, event: str, data: Any) -> None:
-        self._frames.append(
-            b"id: %d\nevent: %b\ndata: %b\n\n" % (len(self._frames) + 1, event.encode(), _encode(data))
-        )
+        self._frames.append(b"id: %d\nevent: %b\ndata: %b\n\n" % (len(self._frames) + 1, event.encode(), _encode(data)))
         for reader in self._readers:
             reader.wake()
 

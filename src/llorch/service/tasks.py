@@ -6,7 +6,7 @@ import hashlib
 
 from llorch.domain import events as ev
 from llorch.domain.task import Priority, TaskKey, TaskSpec, TaskState
-from llorch.errors import Conflict, InvalidParams, LlorchError, NotFound, PayloadTooLarge, PoolUnready, QuotaExceeded
+from llorch.errors import Conflict, InvalidParams, LlorchError, PayloadTooLarge, QuotaExceeded
 from llorch.service.dispatcher import Dispatcher
 from llorch.service.limits import Limits
 from llorch.service.pools import Pools
@@ -16,6 +16,7 @@ from llorch.service.records import Record
 from llorch.service.routes import Route
 from llorch.service.streams import OpenReaders, Reader
 from llorch.service.submission import Acceptance, Submission, TaskView, Timeline
+from llorch.telemetry import Telemetry
 
 SEEDS = 2**32 - 1
 """Seeds are 0 … SEEDS - 1; llama.cpp draws at random for SEEDS itself."""
@@ -25,13 +26,21 @@ class Tasks:
     """What a client can do with tasks. Another tenant's task is NotFound."""
 
     def __init__(
-        self, *, dispatcher: Dispatcher, pools: Pools, limits: Limits, readers: OpenReaders, clock: Clock
+        self,
+        *,
+        dispatcher: Dispatcher,
+        pools: Pools,
+        limits: Limits,
+        readers: OpenReaders,
+        telemetry: Telemetry,
+        clock: Clock,
     ) -> None:
         self._dispatcher = dispatcher
         self._records = dispatcher.records
         self._pools = pools
         self._limits = limits
         self._readers = readers
+        self._telemetry = telemetry
         self._clock = clock
 
     async def submit(self, submission: Submission, correlation_id: str) -> Acceptance:
@@ -43,20 +52,26 @@ class Tasks:
         key = (submission.tenant, submission.task_id)
         if (stored := self._replay(key, submission)) is not None:
             return stored
-        route = self._pools.routes.resolve(submission.model_ref, submission.engine, submission.workload)
-        self._check_wishes(submission, route)
-        prompt = await self._check_context(submission, route)
+        try:
+            record = await self._prepare(submission, correlation_id)
+        except LlorchError as error:
+            self._telemetry.observe_rejection(error.engine, error.code)
+            raise
         if (stored := self._replay(key, submission)) is not None:
             return stored
-        record = Record(
+        return await self._dispatcher.submit(record, ev.TaskSubmitted(_spec_of(submission)))
+
+    async def _prepare(self, submission: Submission, correlation_id: str) -> Record:
+        route = self._pools.routes.resolve(submission.model_ref, submission.engine, submission.workload)
+        self._check_wishes(submission, route)
+        return Record(
             submission=submission,
             route=route,
             seed=_seed_of(submission),
             correlation_id=correlation_id,
             accepted_wall=self._clock.wall(),
-            prompt=prompt,
+            prompt=await self._check_context(submission, route),
         )
-        return await self._dispatcher.submit(record, ev.TaskSubmitted(_spec_of(submission)))
 
     async def cancel(self, tenant: str, task_id: str) -> None:
         """End the task if it has not ended. Idempotent; raises NotFound."""
@@ -71,7 +86,7 @@ class Tasks:
     def list(
         self, tenant: str, *, state: TaskState | None, session_id: str | None, limit: int, cursor: str | None
     ) -> tuple[list[TaskView], str | None]:
-        """A page of the tenant's tasks, newest first, and the cursor of the next; InvalidParams for a foreign cursor."""
+        """A page of tasks, newest first, and the cursor of the next; InvalidParams for a foreign cursor."""
         page: list[TaskView] = []
         last = 0
         for record in self._records.newest_first(tenant, None if cursor is None else _number_of(cursor)):
@@ -127,7 +142,7 @@ class Tasks:
             raise InvalidParams("this service keeps no session budgets", details={"field": "session_budgets"})
         if submission.max_tokens > self._limits.max_tokens:
             raise InvalidParams(
-                f"max_tokens {submission.max_tokens} is more than the {self._limits.max_tokens} that a transcript holds",
+                f"max_tokens {submission.max_tokens} is more than a transcript holds, {self._limits.max_tokens}",
                 details={"max_tokens": submission.max_tokens, "limit": self._limits.max_tokens},
             )
         if submission.expected_tokens is not None and submission.expected_tokens > submission.max_tokens:

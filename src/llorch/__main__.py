@@ -1,0 +1,6 @@
+"""`python -m llorch` is `llorch`."""
+
+from llorch.cli.main import main
+
+if __name__ == "__main__":
+    main()

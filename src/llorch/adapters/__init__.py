@@ -1,0 +1,1 @@
+"""Clients of inference engines: one module per engine, over one streaming HTTP client."""

@@ -1,0 +1,18 @@
+"""What a handler knows of its caller beside the arguments of the operation."""
+
+from dataclasses import dataclass
+
+from llorch.api.auth import Identity
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """Who asks, and the correlation id under which it is logged."""
+
+    identity: Identity
+    correlation_id: str
+
+    @property
+    def tenant(self) -> str:
+        """Whose tasks and sessions the caller can see."""
+        return self.identity.tenant

@@ -1,0 +1,35 @@
+"""The outermost layer: gives every request its correlation id and refuses what is not HTTP."""
+
+import re
+import secrets
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from llorch.api.exchange import SCOPE_KEY, Exchange
+
+HEADER = b"x-correlation-id"
+
+_is_valid = re.compile(rb"[A-Za-z0-9._:-]{1,128}").fullmatch
+
+
+def correlation_id_of(headers: list[tuple[bytes, bytes]]) -> str:
+    """The caller's id when it has the contract's form, else a new one: what has another form is never echoed."""
+    for name, value in headers:
+        if name == HEADER and _is_valid(value):
+            return value.decode("ascii")
+    return secrets.token_hex(16)
+
+
+class Correlation:
+    """Opens the Exchange of a request."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope[SCOPE_KEY] = Exchange(scope, receive, send, correlation_id_of(scope["headers"]))
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close"})
+            return
+        await self._app(scope, receive, send)

@@ -1,0 +1,69 @@
+"""One HTTP request on its way through the edge, and the one place where a response begins.
+
+So every response that has headers carries the correlation id and the security headers, whoever sends it.
+"""
+
+import asyncio
+from collections.abc import Iterable
+from contextlib import suppress
+
+from starlette.types import Receive, Scope, Send
+
+SCOPE_KEY = "llorch.exchange"
+
+Header = tuple[bytes, bytes]
+
+_ALWAYS: tuple[Header, ...] = ((b"cache-control", b"no-store"), (b"x-content-type-options", b"nosniff"))
+
+
+class Exchange:
+    """What the layers of the edge know of a request.
+
+    `headers` has lower-case names; of a header that comes twice the last counts.
+    """
+
+    __slots__ = ("_send", "correlation_id", "has_started", "headers", "receive", "scope")
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, correlation_id: str) -> None:
+        self.scope = scope
+        self.receive = receive
+        self._send = send
+        self.correlation_id = correlation_id
+        self.headers: dict[bytes, bytes] = dict(scope["headers"])
+        self.has_started = False
+
+    async def start(self, status: int, headers: Iterable[Header] = ()) -> None:
+        """Send the status line and the headers. Only once."""
+        self.has_started = True
+        correlation = (b"x-correlation-id", self.correlation_id.encode())
+        await self._send(
+            {"type": "http.response.start", "status": status, "headers": [correlation, *_ALWAYS, *headers]}
+        )
+
+    async def write(self, body: bytes, *, more: bool = False) -> None:
+        """Send a piece of the body."""
+        await self._send({"type": "http.response.body", "body": body, "more_body": more})
+
+    async def respond(
+        self, status: int, content_type: bytes, body: bytes, headers: Iterable[Header] = (), *, more: bool = False
+    ) -> None:
+        """Send a whole response; with `more` the caller still has to end it by writing nothing."""
+        length = (b"content-length", b"%d" % len(body))
+        await self.start(status, ((b"content-type", content_type), length, *headers))
+        await self.write(body, more=more)
+
+    async def linger(self, seconds: float = 1.0) -> None:
+        """Throw away what still comes of the body, for a while.
+
+        A connection that is closed on unread data is reset, and the client might never see the answer.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while (await self.receive()).get("more_body"):
+                    pass
+
+
+def exchange_of(scope: Scope) -> Exchange:
+    """The exchange that the outermost layer put into the scope."""
+    exchange: Exchange = scope[SCOPE_KEY]
+    return exchange

@@ -1,0 +1,73 @@
+"""What the handlers need of the use cases."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from llorch.domain.task import TaskState
+from llorch.service.inventory import PoolView, ReplicaSetView
+from llorch.service.routes import Routes
+from llorch.service.streams import Reader
+from llorch.service.submission import Acceptance, SessionView, Submission, TaskView
+
+
+class Tasks(Protocol):
+    """Tasks of a tenant. Everything raises LlorchErrors only; another tenant's task is NotFound."""
+
+    async def submit(self, submission: Submission, correlation_id: str) -> Acceptance:
+        """Admit the task, or raise why not."""
+        ...
+
+    async def cancel(self, tenant: str, task_id: str) -> None:
+        """End the task if it has not ended. Idempotent."""
+        ...
+
+    def get(self, tenant: str, task_id: str) -> TaskView:
+        """The task as it is now."""
+        ...
+
+    def list(
+        self, tenant: str, *, state: TaskState | None, session_id: str | None, limit: int, cursor: str | None
+    ) -> tuple[Sequence[TaskView], str | None]:
+        """A page of the tenant's tasks, newest first, and the cursor of the next page."""
+        ...
+
+    def follow(self, tenant: str, task_id: str, after: int) -> Reader | None:
+        """A reader behind frame `after`, to be left by the caller; None when that was the terminal frame."""
+        ...
+
+
+class Sessions(Protocol):
+    """Sessions of a tenant; another tenant's is NotFound."""
+
+    def get(self, tenant: str, session_id: str) -> SessionView:
+        """The session as it is now."""
+        ...
+
+    async def delete(self, tenant: str, session_id: str) -> None:
+        """Forget the session."""
+        ...
+
+
+class Pools(Protocol):
+    """The pools of the service."""
+
+    @property
+    def routes(self) -> Routes:
+        """What is served."""
+        ...
+
+    def list(self) -> Sequence[PoolView]:
+        """Every pool."""
+        ...
+
+    def get(self, pool_id: str) -> PoolView:
+        """One pool; raises NotFound."""
+        ...
+
+    def replica_sets(self) -> Sequence[ReplicaSetView]:
+        """The cohorts of every route."""
+        ...
+
+    def count_ready(self) -> int:
+        """Replicas that take tasks now."""
+        ...

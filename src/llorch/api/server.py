@@ -1,0 +1,83 @@
+"""The HTTP server: uvicorn on httptools and uvloop, with a signal that asks instead of cutting.
+
+uvicorn by itself closes its listener at SIGTERM and hangs on open streams. Here the first signal only asks the service
+to drain; the listener goes on answering until that is done. A second signal ends at once.
+"""
+
+import asyncio
+import logging
+import signal
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+
+LAST_WORDS_S = 5
+"""Seconds that open connections have, after the drain, to take their last frames."""
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where to listen, and with which certificate. `cert` and `key` are files in PEM, both or neither."""
+
+    host: str
+    port: int
+    cert: str | None = None
+    key: str | None = None
+    connections: int | None = None
+
+
+class Server(uvicorn.Server):
+    """Serves `app` until a signal came and `drain` has returned."""
+
+    def __init__(self, app: ASGIApp, address: Address, drain: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=address.host,
+                port=address.port,
+                ssl_certfile=address.cert,
+                ssl_keyfile=address.key,
+                limit_concurrency=address.connections,
+                http="httptools",
+                loop="uvloop",
+                ws="none",
+                lifespan="on",
+                interface="asgi3",
+                access_log=False,
+                log_config=None,
+                server_header=False,
+                date_header=False,
+                timeout_graceful_shutdown=LAST_WORDS_S,
+            )
+        )
+        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # what it tells of its life, we tell ourselves
+        self._drain = drain
+        self._draining: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets: Any = None) -> None:
+        """Listen; called by uvicorn once the lifespan has begun."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 (uvicorn gives it)
+        """The first SIGTERM or SIGINT drains, the next ends."""
+        if self._draining is not None or self._loop is None:
+            self.should_exit = True
+            self.force_exit = sig == signal.SIGINT
+            return
+        self._loop.call_soon_threadsafe(self._begin_drain)
+
+    def _begin_drain(self) -> None:
+        if self._draining is None:
+            self._draining = asyncio.get_running_loop().create_task(self._drain_and_exit())
+
+    async def _drain_and_exit(self) -> None:
+        try:
+            await self._drain()
+        finally:
+            self.should_exit = True

@@ -1,0 +1,98 @@
+"""How a task that is followed is shown: its events as lines of JSON, or its answer with a live line."""
+
+import json
+import sys
+from collections.abc import Callable
+from time import monotonic
+from typing import Any, Protocol
+
+import click
+from rich.console import Console
+
+from llorch.cli.live import Answer, LiveLine, clean
+from llorch.client import Accepted, ClientError, DurableEvent, End, Event, Queued, Started, Token
+
+
+class Show(Protocol):
+    """Shows a task as it goes."""
+
+    def wait(self, seconds: float, reason: ClientError) -> None:
+        """The client waits before its next try."""
+
+    def event(self, event: Accepted | Event) -> None:
+        """Something happened."""
+
+    def close(self) -> None:
+        """Nothing more will happen."""
+
+
+class ShowLines:
+    """One JSON object a line on stdout: {"event", "id" (durable events), "data"}."""
+
+    def wait(self, seconds: float, reason: ClientError) -> None:
+        del seconds, reason
+
+    def event(self, event: Accepted | Event) -> None:
+        line: dict[str, Any] = {"event": event.name}
+        if isinstance(event, DurableEvent):
+            line["id"] = event.id
+        line["data"] = event.frame.model_dump(mode="json", exclude_unset=True)
+        click.echo(json.dumps(line, ensure_ascii=False))
+
+    def close(self) -> None:
+        pass
+
+
+class ShowAnswer:
+    """The answer on stdout, a live line on stderr."""
+
+    def __init__(self, clock: Callable[[], float] = monotonic) -> None:
+        is_terminal = sys.stdout.isatty()
+        self._answer = Answer(lambda text: click.echo(text, nl=False), is_terminal=is_terminal)
+        self._line = LiveLine(Console(stderr=True), is_answer_here=is_terminal)
+        self._clock = clock
+        self._tokens = 0
+        self._first_at = 0.0
+
+    def wait(self, seconds: float, reason: ClientError) -> None:
+        self._line.show(f"{clean(str(reason))} · next try in {seconds:.1f} s")
+
+    def event(self, event: Accepted | Event) -> None:
+        match event:
+            case Token():
+                self._token(event.text)
+            case Accepted(frame=frame):
+                self._line.show(_position(frame.queue_position, frame.predicted_start_ms))
+            case Queued(frame=frame):
+                self._line.show(_position(frame.queue_position, frame.predicted_start_ms, frame.reason.value))
+            case Started(frame=frame):
+                self._line.show(f"running on {frame.replica_id} · waited {frame.waited_ms} ms")
+            case End(frame=frame):
+                self.close()
+                self._line.leave(
+                    f"{frame.tokens_out} tokens{self._rate()} · waited {frame.waited_ms} ms · {frame.finish_reason.value}"
+                )
+            case _:
+                pass
+
+    def _token(self, text: str) -> None:
+        now = self._clock()
+        self._tokens += 1
+        if self._tokens == 1:
+            self._first_at = now
+        self._line.make_way()
+        self._answer.add(text)
+        self._line.show(f"{self._tokens} tokens{self._rate()}")
+
+    def _rate(self) -> str:
+        elapsed_s = self._clock() - self._first_at
+        return f" · {(self._tokens - 1) / elapsed_s:.1f} tokens/s" if self._tokens > 1 and elapsed_s > 0 else ""
+
+    def close(self) -> None:
+        self._line.hide()
+        self._answer.end()
+
+
+def _position(position: int, predicted_start_ms: int | None, reason: str = "") -> str:
+    prediction = "" if predicted_start_ms is None else f" · start in about {predicted_start_ms / 1000:.1f} s"
+    return f"queued · position {position}{prediction}{f' · {reason}' if reason else ''}"

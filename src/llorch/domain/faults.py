@@ -1,0 +1,19 @@
+"""The reasons for which the scheduler refuses, retries and ends tasks, as far as they are always the same."""
+
+from llorch.domain.task import Fault
+from llorch.errors import Canceled, DeadlineUnmet, DecodeTimeout, PoolUnavailable, PoolUnready, WorkerReset
+
+REPLICA_FAULTS = (WorkerReset, PoolUnready, DecodeTimeout)
+"""Ends of an attempt that speak against the replica: it gets no more tasks until a probe found it Ready."""
+
+RETRIED_FAULTS = (WorkerReset, PoolUnready)
+"""Of these, the ones after which the task is tried elsewhere, as long as no token was seen."""
+
+CANCELED = Fault(Canceled, "canceled by its owner")
+SESSION_DELETED = Fault(Canceled, "its session was deleted", policy_label="session")
+UNREAD = Fault(Canceled, "its last reader left and did not come back", policy_label="reader-gone")
+STRANDED = Fault(PoolUnready, "no replica of the route can take it, and none is coming up")
+LATE = Fault(DeadlineUnmet, "the deadline passed before the task could end")
+SHUTDOWN = Fault(
+    PoolUnavailable, "the service is shutting down; try another or try again later", policy_label="shutdown"
+)

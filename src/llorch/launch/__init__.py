@@ -1,0 +1,1 @@
+"""How engines that llorch runs itself are started, watched and ended."""

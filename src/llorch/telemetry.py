@@ -1,0 +1,313 @@
+"""Every metric and every log line about tasks and replicas: they hang on the events and commands of the schedulers.
+
+It only watches. It keeps what it needs to label a running attempt until that attempt ended, and nothing that grows.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from structlog.typing import FilteringBoundLogger
+
+from llorch.domain import events as ev
+from llorch.domain.pool import Replica, ReplicaState
+from llorch.domain.task import Fault, Task, TaskKey, TaskState
+from llorch.errors import Canceled, DecodeTimeout, InvalidParams, LlorchError, PoolUnready, WorkerReset
+from llorch.telemetry_metrics import CONTENT_TYPE, Family, Metrics, Sample, Series
+
+__all__ = ["CONTENT_TYPE", "Family", "RouteScope", "Sample", "Telemetry"]
+
+UNKNOWN = "unknown"
+"""Label of what nobody told, such as the version of an engine."""
+
+NO_ENGINE = "none"
+"""Label where no route was found."""
+
+OUTCOMES: tuple[tuple[type[LlorchError], str], ...] = (
+    (Canceled, "aborted"),
+    (DecodeTimeout, "timeout"),
+    (WorkerReset, "connection_lost"),
+    (PoolUnready, "refused"),
+    (InvalidParams, "refused"),
+    (LlorchError, "engine_error"),
+)
+CANCEL_REASONS = {None: "client", "reader-gone": "disconnected", "session": "session_deleted"}
+POLICIES = {"reject": "reject", "shutdown": "shutdown"}
+"""Policy labels with a series of their own; every other one is some quota."""
+
+Describe = Callable[[TaskKey], Mapping[str, Any]]
+"""Log fields of a task that the domain does not know, such as its correlation_id; empty when the task is unknown."""
+
+
+@dataclass(frozen=True, slots=True)
+class RouteScope:
+    """What the events of one route are labelled with."""
+
+    route_id: str
+    engine: str
+    model: str
+
+
+@dataclass(slots=True)
+class _Run:
+    """An attempt that has not ended: where it runs, and the series that it moves, looked up once."""
+
+    place: dict[str, Any]
+    labels: tuple[str, str, str]
+    accepted_at: float
+    tokens_in: Series
+    tokens_out: Series
+    first_token: Series
+    decode: Series
+    fault: Fault | None = None
+    is_over: bool = False
+    is_aborted: bool = False
+
+    @property
+    def outcome(self) -> str | None:
+        """How it ended when it was told to stop, whatever it says itself."""
+        if not self.is_aborted:
+            return None
+        is_late = self.fault is not None and issubclass(self.fault.kind, DecodeTimeout)
+        return "timeout" if is_late else "aborted"
+
+
+@dataclass(slots=True)
+class _Live:
+    """The attempts that have not ended, and the latest attempt of each task that has started and not ended."""
+
+    attempts: dict[int, _Run] = field(default_factory=dict)
+    tasks: dict[TaskKey, _Run] = field(default_factory=dict)
+
+
+class Telemetry:
+    """Metrics and log lines of one server.
+
+    `families` are the contract's declarations, `routes` those of the configuration, `describe` adds the log fields of a
+    task. Raises KeyError when a family that moves here is not declared.
+    """
+
+    def __init__(
+        self,
+        families: Sequence[Family],
+        routes: Iterable[RouteScope],
+        log: FilteringBoundLogger,
+        describe: Describe,
+        *,
+        overflow_label: str = "other",
+        overflow_family: str = "label_overflow_total",
+    ) -> None:
+        self._metrics = Metrics(families, overflow_label=overflow_label, overflow_family=overflow_family)
+        self._scopes = {scope.route_id: scope for scope in routes}
+        self._log = log
+        self._describe = describe
+        self._live = _Live()
+        self._replicas: dict[str, Replica] = {}
+        instrument = self._metrics.instrument
+        self._enqueued = instrument("tasks_enqueued_total")
+        self._started = instrument("tasks_started_total")
+        self._finished = instrument("tasks_finished_total")
+        self._canceled = instrument("tasks_canceled_total")
+        self._rejected = instrument("tasks_rejected_total")
+        self._backpressure = instrument("admission_backpressure_events_total")
+        self._attempts = instrument("attempts_total")
+        self._wait = instrument("task_wait_ms")
+        self._first_token = instrument("latency_first_token_ms")
+        self._decode = instrument("latency_decode_ms")
+        self._tokens_in = instrument("tokens_in_total")
+        self._tokens_out = instrument("tokens_out_total")
+        self._requests = instrument("http_requests_total")
+
+    def observe(self, route_id: str, event: ev.Event, commands: Sequence[ev.Command], now: float) -> None:
+        """Take note of an event and of what the route's scheduler made of it. `now` in the scheduler's seconds."""
+        if isinstance(event, ev.TokensProduced):
+            run = self._live.attempts.get(event.attempt_id)
+            if run is not None:
+                run.tokens_out.inc(event.count)
+        else:
+            self._observe_event(self._scopes[route_id], event, now)
+        for command in commands:
+            self._observe_command(self._scopes[route_id], command, now)
+
+    def observe_usage(self, attempt_id: int, prompt_tokens: int) -> None:
+        """Count the prompt tokens that the engine told; before the attempt's AttemptEnded is observed, else ignored."""
+        run = self._live.attempts.get(attempt_id)
+        if run is not None:
+            run.tokens_in.inc(prompt_tokens)
+
+    def observe_rejection(
+        self,
+        engine: str | None,
+        code: str,
+        *,
+        policy: str | None = None,
+        tenant: str | None = None,
+        task_id: str | None = None,
+        correlation_id: str | None = None,
+    ) -> None:
+        """Take note of a submission that was refused before a scheduler saw it. `engine` is None without a route."""
+        fields = {"tenant": tenant, "task_id": task_id, "correlation_id": correlation_id, "engine": engine}
+        self._reject(engine or NO_ENGINE, code, policy, fields)
+
+    def observe_request(self, operation: str, status: int) -> None:
+        """Count an answered request; `operation` is an operationId of the contract, or `none`."""
+        self._requests.series(operation, str(status)).inc()
+
+    def report_bug(self, where: str, error: BaseException) -> None:
+        """Log an exception that nobody foresaw. Its message stays out: it may quote a request."""
+        self._log.error("unforeseen_error", where=where, exc_info=error)
+
+    def render(self, samples: Iterable[Sample]) -> bytes:
+        """The text of a scrape (CONTENT_TYPE), with the gauges as they are now."""
+        return self._metrics.render(samples)
+
+    # Events
+
+    def _observe_event(self, scope: RouteScope, event: ev.Event, now: float) -> None:
+        match event:
+            case ev.FirstToken():
+                run = self._live.attempts.get(event.attempt_id)
+                if run is not None and not run.is_over:
+                    run.first_token.observe((now - run.accepted_at) * 1000)
+            case ev.AttemptEnded():
+                self._end_attempt(event)
+            case ev.ReplicaChanged():
+                self._note_replica(scope, event.replica)
+            case ev.ShutdownRequested():
+                self._log.info("shutdown_requested", route=scope.route_id, engine=scope.engine, grace_s=event.grace_s)
+            case _:
+                pass
+
+    def _end_attempt(self, event: ev.AttemptEnded) -> None:
+        run = self._live.attempts.pop(event.attempt_id, None)
+        if run is not None:
+            self._attempts.series(run.outcome or _outcome(event.fault), *run.labels).inc()
+
+    def _note_replica(self, scope: RouteScope, replica: Replica) -> None:
+        before = self._replicas.get(replica.replica_id)
+        self._replicas[replica.replica_id] = replica
+        if before is not None and before.state is replica.state:
+            return
+        is_bad = replica.state in (ReplicaState.UNREADY, ReplicaState.FAILED)
+        (self._log.warning if is_bad else self._log.info)(
+            "replica_changed",
+            route=scope.route_id,
+            engine=scope.engine,
+            pool_id=replica.pool_id,
+            replica_id=replica.replica_id,
+            was=before.state.value if before is not None else None,
+            state=replica.state.value,
+            slots=replica.slots,
+            engine_version=replica.cohort.engine_version,
+            model_digest=replica.cohort.model_digest,
+            exact=replica.cohort.exact,
+        )
+
+    # Commands
+
+    def _observe_command(self, scope: RouteScope, command: ev.Command, now: float) -> None:
+        match command:
+            case ev.Admit():
+                self._enqueued.series(command.task.priority).inc()
+            case ev.Start():
+                self._start(scope, command, now)
+            case ev.Finish():
+                self._finish(scope, command.task)
+            case ev.Abort():
+                run = self._live.attempts.get(command.attempt.attempt_id)
+                if run is not None:
+                    run.is_aborted = True
+            case ev.Requeue():
+                self._requeue(scope, command)
+            case ev.Reject():
+                fault = command.fault
+                self._reject(scope.engine, fault.kind.code, fault.policy_label, self._fields(scope, command.task))
+
+    def _start(self, scope: RouteScope, command: ev.Start, now: float) -> None:
+        task, attempt = command.task, command.attempt
+        replica = self._replicas[attempt.replica_id]
+        labels = (scope.engine, replica.cohort.engine_version or UNKNOWN, replica.pool_id)
+        priority = task.priority
+        run = _Run(
+            place={
+                "engine_version": replica.cohort.engine_version,
+                "pool_id": replica.pool_id,
+                "replica_id": replica.replica_id,
+                "attempt": attempt.attempt_id,
+            },
+            labels=labels,
+            accepted_at=task.accepted_at,
+            tokens_in=self._tokens_in.series(*labels),
+            tokens_out=self._tokens_out.series(*labels),
+            first_token=self._first_token.series(*labels, priority),
+            decode=self._decode.series(*labels, priority),
+        )
+        self._live.attempts[attempt.attempt_id] = run
+        self._live.tasks[task.key] = run
+        waited_ms = (now - task.accepted_at) * 1000
+        if task.attempts == 1:
+            self._started.series(*labels, priority).inc()
+            self._wait.series(priority).observe(waited_ms)
+        self._log.info("task_started", **self._task_fields(scope, task, run), waited_ms=round(waited_ms, 1))
+
+    def _requeue(self, scope: RouteScope, command: ev.Requeue) -> None:
+        run = self._live.tasks.get(command.task.key)
+        fields = self._task_fields(scope, command.task, run)
+        self._log.warning("task_requeued", **fields, code=command.fault.kind.code)
+
+    def _finish(self, scope: RouteScope, task: Task) -> None:
+        run = self._live.tasks.pop(task.key, None)
+        fault = task.fault
+        if run is not None:
+            run.is_over, run.fault = True, fault
+            engine, version, _ = run.labels
+            self._finished.series(engine, version, task.state.value).inc()
+            if task.state is TaskState.SUCCEEDED and task.first_token_at is not None and task.ended_at is not None:
+                run.decode.observe((task.ended_at - task.first_token_at) * 1000)
+        if task.state is TaskState.CANCELED:
+            policy = fault.policy_label if fault is not None else None
+            self._canceled.series(CANCEL_REASONS.get(policy, "client")).inc()
+        (self._log.warning if task.state is TaskState.FAILED else self._log.info)(
+            "task_ended",
+            **self._task_fields(scope, task, run),
+            state=task.state.value,
+            code=fault.kind.code if fault is not None else None,
+            policy=fault.policy_label if fault is not None else None,
+            tokens_out=task.tokens_out,
+            first_token_ms=_ms(task.accepted_at, task.first_token_at),
+            took_ms=_ms(task.accepted_at, task.ended_at),
+        )
+
+    def _reject(self, engine: str, code: str, policy: str | None, fields: Mapping[str, Any]) -> None:
+        self._rejected.series(code, engine).inc()
+        if policy is not None:
+            self._backpressure.series(POLICIES.get(policy, "quota"), engine).inc()
+        self._log.info("task_rejected", **fields, code=code, policy=policy)
+
+    # Log fields
+
+    def _fields(self, scope: RouteScope, key: TaskKey) -> dict[str, Any]:
+        tenant, task_id = key
+        known = {"tenant": tenant, "task_id": task_id, "route": scope.route_id, "engine": scope.engine}
+        return {**self._describe(key), **known}
+
+    def _task_fields(self, scope: RouteScope, task: Task, run: _Run | None) -> dict[str, Any]:
+        """Who, what and, once it has started, where."""
+        fields = self._fields(scope, task.key)
+        fields["session_id"] = task.spec.session[1]
+        fields["model"] = scope.model
+        fields["priority"] = task.priority.value
+        fields["attempts"] = task.attempts
+        if run is not None:
+            fields.update(run.place)
+        return fields
+
+
+def _outcome(fault: Fault | None) -> str:
+    if fault is None:
+        return "completed"
+    return next((name for kind, name in OUTCOMES if issubclass(fault.kind, kind)), "engine_error")
+
+
+def _ms(since: float, until: float | None) -> float | None:
+    return None if until is None else round((until - since) * 1000, 1)

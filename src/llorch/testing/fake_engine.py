@@ -1,0 +1,396 @@
+"""FakeEngine: a real HTTP server that behaves like an inference engine and fails on demand.
+
+Tokens depend on (prompt, seed) alone, slots queue like llama.cpp's, and everything that clients do is recorded. It
+runs inside a test's event loop, or as a process of its own (`python -m llorch.testing.fake_engine`), where
+`POST /_fake` does what the methods do and `GET /_fake` tells the record. Wire formats: `llorch.testing.fake_dialects`.
+"""
+
+import argparse
+import asyncio
+import dataclasses
+import gc
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Self
+
+import msgspec
+import uvloop
+
+from llorch.testing import fake_dialects as dialects
+from llorch.testing.fake_connection import FakeConnection, Request
+from llorch.testing.fake_dialects import Encoder, Order, Refused
+from llorch.testing.fake_generation import Faults, Run, Seen
+
+__all__ = ["FakeEngine", "Faults", "Seen"]
+
+_RECORDS_MAX: Final = 50_000
+
+
+class FakeEngine:
+    """A server on 127.0.0.1 with `slots` slots that sends a token every `token_interval_s` seconds (0: at once).
+
+    Use it with `async with`. `prefill_interval_s` is the time per 64 prompt tokens, `keep_alive_s` how long an idle
+    connection is kept.
+    """
+
+    def __init__(
+        self,
+        *,
+        slots: int = 1,
+        ctx: int = 8192,
+        token_interval_s: float = 0.0,
+        tokens_per_segment: int = 1,
+        prefill_interval_s: float = 0.0,
+        keep_alive_s: float = 5.0,
+        model: str = "fake",
+        api_key: str | None = None,
+        speaks: tuple[str, ...] = ("llamacpp", "openai"),
+    ) -> None:
+        self.slots = slots
+        self.ctx = ctx
+        self.token_interval_s = token_interval_s
+        self.tokens_per_segment = tokens_per_segment
+        self.prefill_interval_s = prefill_interval_s
+        self.keep_alive_s = keep_alive_s
+        self.model = model
+        self.api_key = api_key
+        self.speaks = speaks
+        self.faults = Faults()
+        self.seen: deque[Seen] = deque(maxlen=_RECORDS_MAX)
+        self.max_running = 0
+        self.connections_made = 0
+        self.idle_closed = 0
+        """Idle connections that this engine closed, because the client had not."""
+        self.connections: set[FakeConnection] = set()
+        self.port = 0
+        self._server: asyncio.Server | None = None
+        self._busy: dict[int, Run] = {}
+        self._waiting: deque[Run] = deque()
+        self._count = 0
+        self._watchers: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
+
+    async def start(self, host: str = "127.0.0.1", port: int = 0) -> None:
+        """Listen; port 0 picks one."""
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(lambda: FakeConnection(self), host, port)
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def aclose(self) -> None:
+        """Stop listening and reset every connection, as when the process is killed. Idempotent."""
+        server, self._server = self._server, None
+        if server is not None:
+            server.close()
+        for connection in list(self.connections):
+            connection.abort()
+        for run in [*self._busy.values(), *self._waiting]:
+            run.stop_timer()
+        if server is not None:
+            await server.wait_closed()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.aclose()
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def running(self) -> int:
+        """Slots that are busy."""
+        return len(self._busy)
+
+    @property
+    def queued(self) -> int:
+        """Generations that wait for a slot."""
+        return len(self._waiting)
+
+    @property
+    def cancelled(self) -> list[Seen]:
+        """Generations whose client closed the connection before the end."""
+        return [seen for seen in self.seen if seen.state == "cancelled"]
+
+    @property
+    def last(self) -> Seen:
+        """The generation that arrived last."""
+        return self.seen[-1]
+
+    def expected_tokens(self, prompt: str, seed: int, count: int) -> list[str]:
+        """The tokens that a generation has to give."""
+        return dialects.make_tokens(prompt, seed, count)
+
+    def release(self, tokens: int, *, generation: int | None = None) -> None:
+        """Let held generations send that many more tokens: all that run, or the one with that id."""
+        for run in list(self._busy.values()):
+            if generation is None or run.seen.id == generation:
+                run.release(tokens)
+
+    def drop_idle(self) -> None:
+        """Close every connection on which nothing is under way."""
+        for connection in list(self.connections):
+            connection.drop_if_idle()
+
+    async def wait_until(self, condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+        """Return when the condition on this engine holds; raises TimeoutError. Looked at whenever something changes."""
+        if condition():
+            return
+        future = asyncio.get_running_loop().create_future()
+        watcher = (condition, future)
+        self._watchers.append(watcher)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await future
+        finally:
+            self._watchers.remove(watcher)
+
+    def changed(self) -> None:
+        """Something happened: look at the conditions that are waited for."""
+        for condition, future in self._watchers:
+            if not future.done() and condition():
+                future.set_result(None)
+
+    # Slots.
+
+    def submit(self, connection: FakeConnection, order: Order) -> Run:
+        """Take in a generation: it starts in a free slot, else waits in line."""
+        prompt_tokens = len(dialects.tokenize(order.prompt))
+        if prompt_tokens >= self.ctx:
+            raise dialects.refuse_context(prompt_tokens, self.ctx)
+        self._count += 1
+        seen = Seen(
+            id=self._count,
+            path=order.path,
+            prompt=order.prompt,
+            seed=order.seed,
+            max_tokens=order.max_tokens,
+            prompt_tokens=prompt_tokens,
+            arrived_at=asyncio.get_running_loop().time(),
+            body=order.body,
+        )
+        self.seen.append(seen)
+        is_native = order.path == "/completion"
+        encoder: Encoder = (
+            dialects.LlamaCppEncoder(order, self.model, prompt_tokens)
+            if is_native
+            else dialects.OpenAIEncoder(order, self.model, prompt_tokens, seen.id)
+        )
+        run = Run(self, connection, order, seen=seen, encoder=encoder, faults=self._take_faults())
+        self._waiting.append(run)
+        self._start_waiting()
+        return run
+
+    def free(self, run: Run) -> None:
+        """The run's slot, or its place in line, is free again."""
+        if run.seen.slot is None:
+            self._waiting.remove(run)
+        else:
+            del self._busy[run.seen.slot]
+            run.seen.slot_freed_at = asyncio.get_running_loop().time()
+        self._start_waiting()
+        self.changed()
+
+    def _take_faults(self) -> Faults:
+        faults = dataclasses.replace(self.faults)
+        if self.faults.times is not None:
+            self.faults.times -= 1
+            if self.faults.times <= 0:
+                self.faults = Faults()
+        return faults
+
+    def _start_waiting(self) -> None:
+        while self._waiting and len(self._busy) < self.slots:
+            run = self._waiting.popleft()
+            run.seen.slot = next(each for each in range(self.slots) if each not in self._busy)
+            run.seen.state = "running"
+            self._busy[run.seen.slot] = run
+            self.max_running = max(self.max_running, len(self._busy))
+            run.start()
+        self.changed()
+
+    # Routing.
+
+    def serve(self, connection: FakeConnection, request: Request) -> None:
+        """Answer a request, now or later."""
+        try:
+            self._route(connection, request)
+        except Refused as exc:
+            connection.answer(exc.status, exc.body)
+
+    def _route(self, connection: FakeConnection, request: Request) -> None:
+        path = request.path
+        if path == "/_fake":
+            if request.method == "POST":
+                self.command(msgspec.json.decode(request.body))
+            connection.answer(200, self.report(with_requests="requests=1" in request.query))
+            return
+        if self.faults.loading:
+            raise Refused(503, {"error": {"message": "Loading model", "type": "unavailable_error", "code": 503}})
+        key = f"Bearer {self.api_key}".encode()
+        if self.api_key is not None and path != "/health" and request.authorization != key:
+            raise Refused(401, {"error": {"message": "Invalid API Key", "type": "authentication_error", "code": 401}})
+        if request.method == "GET":
+            self._get(connection, path)
+        elif request.method == "POST":
+            self._post(connection, path, _decode(request.body))
+        else:
+            raise _not_found()
+
+    def _get(self, connection: FakeConnection, path: str) -> None:
+        is_native = "llamacpp" in self.speaks
+        if path == "/health":
+            connection.answer(200, {"status": "ok"})
+        elif path == "/v1/models":
+            entry = {"id": self.model, "object": "model", "owned_by": "llorch", "max_model_len": self.ctx}
+            connection.answer(200, {"object": "list", "data": [entry]})
+        elif path == "/slots" and is_native:
+            slots = range(self.slots)
+            connection.answer(200, [{"id": i, "n_ctx": self.ctx, "is_processing": i in self._busy} for i in slots])
+        elif path == "/props" and is_native:
+            connection.answer(200, self._props())
+        elif path == "/metrics":
+            text = f"llamacpp:requests_processing {self.running}\nllamacpp:requests_deferred {self.queued}\n"
+            connection.send(200, text.encode(), "text/plain; version=0.0.4")
+            connection.answered()
+        else:
+            raise _not_found()
+
+    def _props(self) -> dict[str, Any]:
+        return {
+            "default_generation_settings": {"params": {}, "n_ctx": self.ctx},
+            "total_slots": self.slots,
+            "model_alias": self.model,
+            "chat_template": "chatml",
+            "build_info": "b0-unknown",
+        }
+
+    def _post(self, connection: FakeConnection, path: str, body: Mapping[str, Any]) -> None:
+        is_native = "llamacpp" in self.speaks
+        if path == "/tokenize" and is_native:
+            connection.answer(200, {"tokens": dialects.tokenize(str(body.get("content", "")))})
+        elif path == "/apply-template" and is_native:
+            connection.answer(200, {"prompt": dialects.render_template(body.get("messages") or [])})
+        elif path == "/completion" and is_native:
+            self._generate(connection, dialects.read_llamacpp(path, body))
+        elif path in ("/v1/completions", "/v1/chat/completions") and "openai" in self.speaks:
+            self._generate(connection, dialects.read_openai(path, body))
+        else:
+            raise _not_found()
+
+    def _generate(self, connection: FakeConnection, order: Order) -> None:
+        status = self.faults.error_status
+        if status is not None:
+            default = {"error": {"code": status, "message": "told to fail", "type": "server_error"}}
+            raise Refused(status, self._take_faults().error_body or default)
+        connection.begin(self.submit(connection, order))
+
+    # What the admin path does.
+
+    def command(self, body: Mapping[str, Any]) -> None:
+        """Perform what `POST /_fake` asks: `reset`, `set` (fields of Faults), `release` (tokens), `drop_idle`."""
+        if body.get("reset"):
+            self.seen.clear()
+            self.max_running = self.running
+            self.faults = Faults()
+        if "set" in body:
+            self.faults = msgspec.convert({**dataclasses.asdict(self.faults), **body["set"]}, Faults)
+        for name in ("token_interval_s", "tokens_per_segment", "prefill_interval_s"):
+            if name in body:
+                setattr(self, name, body[name])
+        if "release" in body:
+            self.release(int(body["release"]))
+        if body.get("drop_idle"):
+            self.drop_idle()
+
+    def report(self, *, with_requests: bool) -> dict[str, Any]:
+        """What `GET /_fake` answers; the generations themselves with `?requests=1`."""
+        states = [seen.state for seen in self.seen]
+        report: dict[str, Any] = {
+            "running": self.running,
+            "queued": self.queued,
+            "max_running": self.max_running,
+            "generations": len(states),
+            "tokens_sent": sum(seen.tokens_sent for seen in self.seen),
+            "states": {state: states.count(state) for state in sorted(set(states))},
+            "connections": len(self.connections),
+            "connections_made": self.connections_made,
+            "idle_closed": self.idle_closed,
+            "now": asyncio.get_running_loop().time(),
+        }
+        if with_requests:
+            report["requests"] = [dataclasses.asdict(seen) for seen in self.seen]
+        return report
+
+
+def _decode(body: bytes) -> Mapping[str, Any]:
+    try:
+        decoded = msgspec.json.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
+        raise dialects.refuse_llamacpp(f"[json.exception.parse_error.101] {exc}") from exc
+    return decoded if isinstance(decoded, dict) else {}
+
+
+def _not_found() -> Refused:
+    return Refused(404, {"error": {"message": "File Not Found", "type": "not_found_error", "code": 404}})
+
+
+@dataclass(frozen=True, slots=True)
+class _Settings:
+    """The command line."""
+
+    host: str
+    port: int
+    engine: dict[str, Any] = field(default_factory=dict)
+
+
+def _parse(arguments: list[str]) -> _Settings:
+    parser = argparse.ArgumentParser(prog="python -m llorch.testing.fake_engine", description=__doc__)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=0, help="0 picks one; the line on stdout tells which")
+    parser.add_argument("--slots", type=int, default=1)
+    parser.add_argument("--ctx", type=int, default=8192)
+    parser.add_argument("--token-interval-ms", type=float, default=0.0)
+    parser.add_argument("--tokens-per-segment", type=int, default=1)
+    parser.add_argument("--prefill-interval-ms", type=float, default=0.0, help="per 64 prompt tokens")
+    parser.add_argument("--model", default="fake")
+    parser.add_argument("--api-key", default=None)
+    parser.add_argument("--dialects", default="llamacpp,openai")
+    options = parser.parse_args(arguments)
+    return _Settings(
+        host=options.host,
+        port=options.port,
+        engine={
+            "slots": options.slots,
+            "ctx": options.ctx,
+            "token_interval_s": options.token_interval_ms / 1000,
+            "tokens_per_segment": options.tokens_per_segment,
+            "prefill_interval_s": options.prefill_interval_ms / 1000,
+            "model": options.model,
+            "api_key": options.api_key,
+            "speaks": tuple(options.dialects.split(",")),
+        },
+    )
+
+
+async def _serve_until_told(settings: _Settings) -> None:
+    told = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, told.set)
+    engine = FakeEngine(**settings.engine)
+    await engine.start(settings.host, settings.port)
+    line = {"event": "listening", "url": f"http://{settings.host}:{engine.port}", "port": engine.port}
+    sys.stdout.write(msgspec.json.encode(line).decode() + "\n")
+    sys.stdout.flush()
+    await told.wait()
+    await engine.aclose()
+
+
+if __name__ == "__main__":
+    gc.freeze()
+    uvloop.run(_serve_until_told(_parse(sys.argv[1:])))

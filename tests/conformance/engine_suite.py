@@ -1,0 +1,221 @@
+"""What every engine client has to keep of the Engine port, whatever server is behind it (ORCH-3054..3058).
+
+A subclass gives a `target`; the suite speaks to it over real sockets. What an engine does in its own time is waited
+for by asking the engine, with a bound.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+
+import pytest
+
+from llorch.adapters.http import Timeouts
+from llorch.adapters.llamacpp import SEED_MAX, LlamaCppEngine
+from llorch.errors import InvalidParams, WorkerReset
+from llorch.service.ports import Batch, Completed, Generation, Message, Sampling
+
+CTX = 2048
+LONG_PROMPT = "word " * 1500
+ENDLESS = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A running server with one slot of CTX tokens, and how to kill it."""
+
+    url: str
+    api_key: str | None
+    kill: Callable[[], Awaitable[None]]
+
+    def connect(self, timeouts: Timeouts | None = None) -> LlamaCppEngine:
+        """A client of this server; the caller closes it."""
+        return LlamaCppEngine(self.url, api_key=self.api_key, timeouts=timeouts)
+
+
+def order(
+    prompt: str = "Once upon a time",
+    *,
+    max_tokens: int = 12,
+    seed: int = 7,
+    strict: bool = True,
+    sampling: Sampling | None = None,
+) -> Generation:
+    """A generation with what a test does not care about filled in."""
+    return Generation(prompt=prompt, max_tokens=max_tokens, seed=seed, strict=strict, sampling=sampling or Sampling())
+
+
+async def collect(stream: AsyncIterator[Batch]) -> tuple[list[str], Completed]:
+    """All tokens and the end, which must be in the last Batch and only there."""
+    tokens: list[str] = []
+    completed: Completed | None = None
+    async for batch in stream:
+        assert completed is None, "a Batch came after the end"
+        tokens += batch.tokens
+        completed = batch.completed
+    assert completed is not None, "the stream ended without an end"
+    return tokens, completed
+
+
+async def first_token(stream: AsyncIterator[Batch]) -> str:
+    """The first token, after whatever progress came before it."""
+    async for batch in stream:
+        if batch.tokens:
+            return batch.tokens[0]
+    raise AssertionError("no token came")
+
+
+async def wait_idle(engine: LlamaCppEngine, bound_s: float = 10.0) -> float:
+    """Seconds until the engine says that no slot is busy; TimeoutError after the bound."""
+    start = time.monotonic()
+    async with asyncio.timeout(bound_s):
+        while await engine.count_busy_slots():
+            pass
+    return time.monotonic() - start
+
+
+class EngineSuite:
+    """The promises; `engine` is a client of `target`, both given by the subclass or by the fixtures here."""
+
+    @pytest.fixture
+    async def engine(self, target: Target) -> AsyncIterator[LlamaCppEngine]:
+        engine = target.connect()
+        await wait_idle(engine)
+        yield engine
+        await engine.aclose()
+
+    async def test_healthy_engine_passes_the_health_check(self, engine: LlamaCppEngine) -> None:
+        await engine.check_health()
+
+    async def test_facts_tell_slots_and_context_and_never_invent_a_version(self, engine: LlamaCppEngine) -> None:
+        facts = await engine.read_facts()
+        assert facts.slots == 1
+        assert facts.ctx_per_slot == CTX
+        assert facts.model_name == "conformance"
+        assert facts.engine_version is None
+        assert facts.model_digest is None
+        assert {"grammar", "json_schema", "tokenize", "chat_template", "slots"} <= facts.features
+
+    async def test_generation_ends_at_max_tokens_with_usage(self, engine: LlamaCppEngine) -> None:
+        prompt = "Once upon a time"
+        tokens, completed = await collect(engine.generate(order(prompt, max_tokens=12)))
+        assert completed.finish_reason == "length"
+        assert 0 < len(tokens) <= 12
+        assert all(tokens)
+        assert completed.usage.completion_tokens == 12
+        assert completed.usage.prompt_tokens == await engine.count_tokens(prompt)
+        assert completed.usage.cached_tokens == 0
+
+    async def test_same_seed_gives_the_same_tokens_and_another_seed_others(self, engine: LlamaCppEngine) -> None:
+        first, _ = await collect(engine.generate(order(seed=1)))
+        again, _ = await collect(engine.generate(order(seed=1)))
+        other, _ = await collect(engine.generate(order(seed=2)))
+        assert first == again
+        assert first != other
+
+    async def test_stop_sequence_ends_the_text_before_it(self, engine: LlamaCppEngine) -> None:
+        tokens, _ = await collect(engine.generate(order(max_tokens=24)))
+        text = "".join(tokens)
+        stop = next(token.strip() for token in tokens[4:] if len(token.strip()) > 2)
+        kept, completed = await collect(engine.generate(order(max_tokens=24, sampling=Sampling(stop=(stop,)))))
+        assert "".join(kept) == text[: text.index(stop)]
+        assert completed.finish_reason == "stop_sequence"
+
+    @pytest.mark.parametrize("seed", [0, SEED_MAX])
+    async def test_seeds_at_the_limits_are_repeatable(self, engine: LlamaCppEngine, seed: int) -> None:
+        first, _ = await collect(engine.generate(order(seed=seed)))
+        again, _ = await collect(engine.generate(order(seed=seed)))
+        assert first == again
+
+    @pytest.mark.parametrize("seed", [-1, SEED_MAX + 1, 2**32])
+    async def test_seeds_beyond_the_limits_are_refused(self, engine: LlamaCppEngine, seed: int) -> None:
+        with pytest.raises(InvalidParams, match="seeds from 0 to 4294967294") as caught:
+            await collect(engine.generate(order(seed=seed)))
+        assert caught.value.engine == "llamacpp"
+
+    async def test_bad_grammar_is_invalid_params(self, engine: LlamaCppEngine) -> None:
+        with pytest.raises(InvalidParams, match="grammar") as caught:
+            await collect(engine.generate(order(sampling=Sampling(grammar="root ::= (("))))
+        assert caught.value.engine == "llamacpp"
+        await wait_idle(engine)
+
+    async def test_prompt_longer_than_the_context_is_invalid_params(self, engine: LlamaCppEngine) -> None:
+        with pytest.raises(InvalidParams) as caught:
+            await collect(engine.generate(order("word " * 3000)))
+        assert caught.value.details is not None
+        assert caught.value.details["n_ctx"] == CTX
+        assert caught.value.details["n_prompt_tokens"] >= 3000
+
+    async def test_lone_surrogates_are_invalid_params(self, engine: LlamaCppEngine) -> None:
+        with pytest.raises(InvalidParams, match="surrogates"):
+            await engine.count_tokens("\ud800")
+        with pytest.raises(InvalidParams, match="surrogates"):
+            await collect(engine.generate(order("\ud800")))
+
+    async def test_empty_prompt_ends_without_tokens(self, engine: LlamaCppEngine) -> None:
+        tokens, completed = await collect(engine.generate(order("")))
+        assert tokens == []
+        assert completed.finish_reason == "stop"
+
+    async def test_tokens_are_counted(self, engine: LlamaCppEngine) -> None:
+        assert await engine.count_tokens("one two three") == 3
+        assert await engine.count_tokens("") == 0
+
+    async def test_messages_are_rendered_by_the_template(self, engine: LlamaCppEngine) -> None:
+        prompt = await engine.render_messages([Message("system", "Be brief."), Message("user", "How are you?")])
+        assert prompt.index("Be brief.") < prompt.index("How are you?")
+        assert prompt.endswith("<|im_start|>assistant\n")
+
+    async def test_closing_while_decoding_frees_the_slot(self, engine: LlamaCppEngine) -> None:
+        stream = engine.generate(order(max_tokens=ENDLESS))
+        await first_token(stream)
+        assert await engine.count_busy_slots() == 1
+        await stream.aclose()
+        assert await wait_idle(engine) < 2.0
+
+    async def test_cancelling_the_consumer_frees_the_slot(self, engine: LlamaCppEngine) -> None:
+        has_token = asyncio.Event()
+
+        async def consume() -> None:
+            async for batch in engine.generate(order(max_tokens=ENDLESS)):
+                if batch.tokens:
+                    has_token.set()
+
+        consumer = asyncio.create_task(consume())
+        await has_token.wait()
+        consumer.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await consumer
+        assert await wait_idle(engine) < 2.0
+
+    async def test_closing_during_prefill_frees_the_slot(self, engine: LlamaCppEngine) -> None:
+        stream = engine.generate(order(LONG_PROMPT))
+        batch = await anext(stream)
+        assert batch == Batch(tokens=[])
+        await stream.aclose()
+        assert await wait_idle(engine) < 3.0
+
+    async def test_closing_twice_and_iterating_after_it_does_nothing(self, engine: LlamaCppEngine) -> None:
+        stream = engine.generate(order(max_tokens=ENDLESS))
+        await first_token(stream)
+        await stream.aclose()
+        await stream.aclose()
+        assert [batch async for batch in stream] == []
+
+    async def test_strict_generation_reuses_no_prefix(self, engine: LlamaCppEngine) -> None:
+        _, cold = await collect(engine.generate(order(LONG_PROMPT, max_tokens=2, strict=True)))
+        _, again = await collect(engine.generate(order(LONG_PROMPT, max_tokens=2, strict=True)))
+        assert cold.usage.cached_tokens == again.usage.cached_tokens == 0
+
+    async def test_engine_killed_while_decoding_is_worker_reset(self, target: Target) -> None:
+        engine = target.connect()
+        stream = engine.generate(order(max_tokens=ENDLESS))
+        await first_token(stream)
+        await target.kill()
+        with pytest.raises(WorkerReset) as caught:
+            await collect(stream)
+        assert caught.value.engine == "llamacpp"
+        with pytest.raises(WorkerReset, match="cannot be reached"):
+            await engine.check_health()
+        await engine.aclose()

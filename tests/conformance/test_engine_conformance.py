@@ -1,0 +1,135 @@
+"""The engine suite, on the real llama.cpp with a tiny model and on FakeEngine."""
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator
+
+import pytest
+
+from llorch.adapters.http import Timeouts
+from llorch.errors import DecodeTimeout, LlorchError, PoolUnready, WorkerReset
+from llorch.launch.llamacpp import EngineProcess
+from llorch.service.ports import Sampling
+from llorch.testing.fake_engine import FakeEngine, Faults
+from tests.conformance.engine_suite import CTX, EngineSuite, Target, collect, first_token, order, wait_idle
+from tests.engines import launch_tiny
+
+
+class TestFakeEngine(EngineSuite):
+    """The double keeps the same promises as the engine that it stands for."""
+
+    @pytest.fixture
+    async def fake(self) -> AsyncIterator[FakeEngine]:
+        async with FakeEngine(ctx=CTX, model="conformance", prefill_interval_s=0.02, token_interval_s=0.001) as fake:
+            yield fake
+
+    @pytest.fixture
+    async def target(self, fake: FakeEngine) -> Target:
+        return Target(url=fake.url, api_key=None, kill=fake.aclose)
+
+    async def test_engine_that_never_answers_is_decode_timeout(self, target: Target, fake: FakeEngine) -> None:
+        fake.faults = Faults(stall=True)
+        engine = target.connect(Timeouts(first_byte_s=0.1))
+        with pytest.raises(DecodeTimeout, match="did not begin"):
+            await collect(engine.generate(order()))
+        await engine.aclose()
+
+    async def test_loading_engine_is_pool_unready(self, target: Target, fake: FakeEngine) -> None:
+        fake.faults = Faults(loading=True)
+        engine = target.connect()
+        with pytest.raises(PoolUnready, match="Loading model"):
+            await engine.check_health()
+        with pytest.raises(PoolUnready, match="Loading model"):
+            await collect(engine.generate(order()))
+        await engine.aclose()
+
+
+class TestLlamaCpp(EngineSuite):
+    """The real server. Each test has its own process only where it harms it."""
+
+    @pytest.fixture
+    async def process(self) -> AsyncIterator[EngineProcess]:
+        async with launch_tiny(ctx=CTX, alias="conformance") as process:
+            yield process
+
+    @pytest.fixture
+    async def target(self, process: EngineProcess) -> Target:
+        async def kill() -> None:
+            os.kill(process.pid or 0, signal.SIGKILL)
+            await process.wait()
+
+        return Target(url=process.url, api_key=process.api_key, kill=kill)
+
+    async def test_engine_that_never_answers_is_decode_timeout(self, target: Target, process: EngineProcess) -> None:
+        engine = target.connect(Timeouts(first_byte_s=0.2))
+        os.kill(process.pid or 0, signal.SIGSTOP)
+        with pytest.raises(DecodeTimeout, match="did not begin"):
+            await collect(engine.generate(order()))
+        os.kill(process.pid or 0, signal.SIGCONT)
+        await engine.aclose()
+
+    async def test_engine_that_falls_silent_is_decode_timeout(self, target: Target, process: EngineProcess) -> None:
+        engine = target.connect(Timeouts(idle_s=0.2))
+        stream = engine.generate(order(max_tokens=1900))
+        await first_token(stream)
+        os.kill(process.pid or 0, signal.SIGSTOP)
+        with pytest.raises(DecodeTimeout, match="went silent"):
+            await collect(stream)
+        os.kill(process.pid or 0, signal.SIGCONT)
+        await engine.aclose()
+
+    async def test_loading_engine_is_pool_unready(self) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        process = launch_tiny(ctx=CTX, alias="conformance", port=port)
+        start = asyncio.create_task(process.start())
+        engine = Target(f"http://127.0.0.1:{port}", process.api_key, process.stop).connect()
+        seen: set[type[LlorchError]] = set()
+        while not start.done():
+            try:
+                await engine.check_health()
+                break
+            except (PoolUnready, WorkerReset) as exc:
+                seen.add(type(exc))
+            await asyncio.sleep(0.01)
+        await start
+        assert PoolUnready in seen
+        await engine.check_health()
+        await engine.aclose()
+        await process.stop()
+
+    async def test_wrong_key_is_pool_unready_and_says_so(self, target: Target) -> None:
+        stranger = Target(target.url, "not-the-key", target.kill).connect()
+        with pytest.raises(PoolUnready, match="refused llorch's key"):
+            await collect(stranger.generate(order()))
+        with pytest.raises(PoolUnready, match="refused llorch's key"):
+            await stranger.count_busy_slots()
+        await stranger.aclose()
+
+    async def test_generation_that_is_not_strict_may_reuse_a_prefix(self, target: Target) -> None:
+        engine = target.connect()
+        await collect(engine.generate(order("word " * 200, max_tokens=2)))
+        _, warm = await collect(engine.generate(order("word " * 200, max_tokens=2, strict=False)))
+        assert (warm.usage.cached_tokens or 0) > 100
+        await engine.aclose()
+
+    async def test_json_schema_constrains_the_text(self, target: Target) -> None:
+        engine = target.connect()
+        sampling = Sampling(json_schema={"enum": ["yes", "no"]})
+        tokens, completed = await collect(engine.generate(order(max_tokens=20, sampling=sampling)))
+        assert "".join(tokens) in ('"yes"', '"no"')
+        assert completed.finish_reason == "stop"
+        await engine.aclose()
+
+    async def test_idle_connections_do_not_starve_the_engine(self, target: Target) -> None:
+        """Each idle connection holds a thread of llama.cpp's server; it must still answer when there are many."""
+        crowd = [target.connect() for _ in range(40)]
+        for each in crowd:
+            await each.check_health()
+        last = target.connect()
+        await wait_idle(last)
+        for each in [*crowd, last]:
+            await each.aclose()
