@@ -2,10 +2,29 @@
 
 """What the generated classes share."""
 
-from typing import ClassVar, Self
+import math
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
+
+
+def _is_json(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, dict):
+        return all(map(_is_json, value.values()))
+    return all(map(_is_json, value)) if isinstance(value, list) else True
+
+
+def _only_json(value: dict[str, Any]) -> dict[str, Any]:
+    if not _is_json(value):
+        raise PydanticCustomError("finite_number", "Numbers must be finite")
+    return value
+
+
+# The parser lets NaN and Infinity through where any value is welcome; JSON has neither.
+FreeObject = Annotated[dict[str, Any], AfterValidator(_only_json)]
 
 
 class Model(BaseModel):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, Literal
 
-from llorch_contract.base import Constrained, Model
+from llorch_contract.base import Constrained, FreeObject, Model
 from pydantic import (
     MISSING,
     ConfigDict,
@@ -123,7 +123,7 @@ class FullPolicy(StrEnum):
 
 
 JsonSchemaObject = TypeAliasType(
-    "JsonSchemaObject", Annotated[dict[str, Any], Field(max_length=256)]
+    "JsonSchemaObject", Annotated[FreeObject, Field(max_length=256)]
 )
 """
 A JSON Schema that the output shall satisfy.
@@ -275,7 +275,7 @@ class Priority(StrEnum):
 
 
 ProblemDetails = TypeAliasType(
-    "ProblemDetails", Annotated[dict[str, Any], Field(max_length=64)]
+    "ProblemDetails", Annotated[FreeObject, Field(max_length=64)]
 )
 """
 Further facts about an error, by code. A schema fault has `path` (where in the request) and `reason`; a value that several choices would fit has `choices`.

@@ -32,6 +32,7 @@ from llorch_contract.config import (
     Limits,
     Log,
     Pool,
+    Queue,
     Replica,
     SamplerProfile,
     Server,
@@ -47,6 +48,7 @@ __all__ = [
     "Limits",
     "Log",
     "Pool",
+    "Queue",
     "Replica",
     "SamplerProfile",
     "Server",
@@ -135,13 +137,14 @@ def _unknown_key(key: str, known: list[str]) -> str:
 
 
 def _check_form(document: Document, schema: Schema) -> None:
-    validator = Draft202012Validator(dict(schema))
-    for error in validator.iter_errors(document.values):
+    errors = list(Draft202012Validator(dict(schema)).iter_errors(document.values))
+    chosen = [error.instance_path for error in errors if error.kind.name == "enum"]
+    for error in errors:
         path: Path = tuple(error.instance_path)
-        message = _expectation(error, schema)
         if error.kind.name == "required":
             path = (*path, error.kind.as_dict()["property"])
-        document.complain(path, message)
+        if error.kind.name != "type" or error.instance_path not in chosen:
+            document.complain(path, _expectation(error, schema))
 
 
 _TYPES = {

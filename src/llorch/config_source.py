@@ -160,7 +160,9 @@ def parse_scalar(text: str) -> Any:
 
 def _without_content(problem: str | None) -> str:
     """PyYAML quotes pieces of the file in its messages: only the short ones, which are punctuation, stay."""
-    return re.sub(r"'[^']{4,}'|\"[^\"]{4,}\"", "…", problem or "cannot be parsed")
+    return re.sub(
+        r"'[^']*'|\"[^\"]*\"", lambda quote: quote[0] if len(quote[0]) < 6 else "…", problem or "cannot be parsed"
+    )
 
 
 class _TooLarge(Exception):
@@ -177,7 +179,8 @@ class _Reader:
     def read_top(self, node: yaml.Node) -> None:
         """Read the whole document."""
         if not isinstance(node, yaml.MappingNode):
-            self._document.complain((), "expected settings, as `name: value` lines")
+            message = "expected settings, as `name: value` lines"
+            self._document.problems.append(Problem(self._at(node), "", message))
             return
         self._document.values = self._read_mapping(node, ())
 
@@ -299,9 +302,10 @@ class _Override:
 
     def _meant(self) -> str | None:
         """The setting with the same last part, else the nearest name."""
-        names = list(setting_names(self._root))
-        last = "__" + self._name.removeprefix(ENV_PREFIX)
-        return next((name for name in names if name.endswith(last)), nearest(self._name, names))
+        names = [name.removeprefix(ENV_PREFIX) for name in setting_names(self._root)]
+        name = self._name.removeprefix(ENV_PREFIX)
+        meant = next((other for other in names if other.endswith(f"__{name}")), nearest(name, names))
+        return ENV_PREFIX + meant if meant else None
 
     def _descend(self, container: Any, key: str | int, schema: Schema, path: Path) -> Any:
         """The group or list under the key, made when there is none."""

@@ -12,28 +12,20 @@ from structlog.typing import FilteringBoundLogger
 from llorch.domain import events as ev
 from llorch.domain.pool import Replica, ReplicaState
 from llorch.domain.task import Fault, Task, TaskKey, TaskState
-from llorch.errors import Canceled, DecodeTimeout, InvalidParams, LlorchError, PoolUnready, WorkerReset
+from llorch.errors import DecodeTimeout
 from llorch.telemetry_metrics import CONTENT_TYPE, Family, Metrics, Sample, Series
 
-__all__ = ["CONTENT_TYPE", "Family", "RouteScope", "Sample", "Telemetry"]
+__all__ = ["CONTENT_TYPE", "UNVERIFIED", "Family", "RouteScope", "Sample", "Telemetry"]
 
-UNKNOWN = "unknown"
-"""Label of what nobody told, such as the version of an engine."""
+UNVERIFIED = "unverified"
+"""Label of an engine version that nobody stated or measured."""
 
 NO_ENGINE = "none"
 """Label where no route was found."""
 
-OUTCOMES: tuple[tuple[type[LlorchError], str], ...] = (
-    (Canceled, "aborted"),
-    (DecodeTimeout, "timeout"),
-    (WorkerReset, "connection_lost"),
-    (PoolUnready, "refused"),
-    (InvalidParams, "refused"),
-    (LlorchError, "engine_error"),
-)
-CANCEL_REASONS = {None: "client", "reader-gone": "disconnected", "session": "session_deleted"}
-POLICIES = {"reject": "reject", "shutdown": "shutdown"}
-"""Policy labels with a series of their own; every other one is some quota."""
+QUOTA = "quota"
+POLICIES = frozenset({"reject", "session-turns", "shutdown", QUOTA})
+"""The policies of the label of that name; any other policy of a refusal is some quota."""
 
 Describe = Callable[[TaskKey], Mapping[str, Any]]
 """Log fields of a task that the domain does not know, such as its correlation_id; empty when the task is unknown."""
@@ -63,13 +55,12 @@ class _Run:
     is_over: bool = False
     is_aborted: bool = False
 
-    @property
-    def outcome(self) -> str | None:
-        """How it ended when it was told to stop, whatever it says itself."""
-        if not self.is_aborted:
-            return None
-        is_late = self.fault is not None and issubclass(self.fault.kind, DecodeTimeout)
-        return "timeout" if is_late else "aborted"
+    def outcome(self, fault: Fault | None) -> str:
+        """How the attempt ended: as it was told to, or else as it says itself."""
+        if self.is_aborted:
+            is_late = self.fault is not None and self.fault.kind is DecodeTimeout
+            return DecodeTimeout.code if is_late else "aborted"
+        return "completed" if fault is None else fault.kind.code
 
 
 @dataclass(slots=True)
@@ -107,6 +98,7 @@ class Telemetry:
         self._enqueued = instrument("tasks_enqueued_total")
         self._started = instrument("tasks_started_total")
         self._finished = instrument("tasks_finished_total")
+        self._missed = instrument("deadlines_missed_total")
         self._canceled = instrument("tasks_canceled_total")
         self._rejected = instrument("tasks_rejected_total")
         self._backpressure = instrument("admission_backpressure_events_total")
@@ -181,7 +173,7 @@ class Telemetry:
     def _end_attempt(self, event: ev.AttemptEnded) -> None:
         run = self._live.attempts.pop(event.attempt_id, None)
         if run is not None:
-            self._attempts.series(run.outcome or _outcome(event.fault), *run.labels).inc()
+            self._attempts.series(run.outcome(event.fault), *run.labels).inc()
 
     def _note_replica(self, scope: RouteScope, replica: Replica) -> None:
         before = self._replicas.get(replica.replica_id)
@@ -226,7 +218,7 @@ class Telemetry:
     def _start(self, scope: RouteScope, command: ev.Start, now: float) -> None:
         task, attempt = command.task, command.attempt
         replica = self._replicas[attempt.replica_id]
-        labels = (scope.engine, replica.cohort.engine_version or UNKNOWN, replica.pool_id)
+        labels = (scope.engine, replica.cohort.engine_version or UNVERIFIED, replica.pool_id)
         priority = task.priority
         run = _Run(
             place={
@@ -266,7 +258,9 @@ class Telemetry:
                 run.decode.observe((task.ended_at - task.first_token_at) * 1000)
         if task.state is TaskState.CANCELED:
             policy = fault.policy_label if fault is not None else None
-            self._canceled.series(CANCEL_REASONS.get(policy, "client")).inc()
+            self._canceled.series(policy or "client").inc()
+        if _is_late(task):
+            self._missed.series(task.priority).inc()
         (self._log.warning if task.state is TaskState.FAILED else self._log.info)(
             "task_ended",
             **self._task_fields(scope, task, run),
@@ -281,7 +275,7 @@ class Telemetry:
     def _reject(self, engine: str, code: str, policy: str | None, fields: Mapping[str, Any]) -> None:
         self._rejected.series(code, engine).inc()
         if policy is not None:
-            self._backpressure.series(POLICIES.get(policy, "quota"), engine).inc()
+            self._backpressure.series(policy if policy in POLICIES else QUOTA, engine).inc()
         self._log.info("task_rejected", **fields, code=code, policy=policy)
 
     # Log fields
@@ -303,10 +297,10 @@ class Telemetry:
         return fields
 
 
-def _outcome(fault: Fault | None) -> str:
-    if fault is None:
-        return "completed"
-    return next((name for kind, name in OUTCOMES if issubclass(fault.kind, kind)), "engine_error")
+def _is_late(task: Task) -> bool:
+    """The task had a deadline, and it passed before the task ended, whatever ended it."""
+    deadline_s = task.spec.deadline_s
+    return deadline_s is not None and task.ended_at is not None and task.ended_at - task.accepted_at >= deadline_s
 
 
 def _ms(since: float, until: float | None) -> float | None:

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import msgspec
 import structlog
-from structlog.typing import FilteringBoundLogger
+from structlog.typing import FilteringBoundLogger, Processor
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
@@ -23,8 +23,8 @@ FIELDS = frozenset(
     """
     ts level event correlation_id tenant task_id session_id priority state code policy route engine engine_version model
     model_digest pool_id replica_id attempt attempts slots exact allow_cpu was took_ms waited_ms first_token_ms
-    tokens_in tokens_out grace_s key_id operation method status host port url path pid version signal setting notice count
-    logger source where exception stack
+    tokens_in tokens_out grace_s key_id operation method status host port url path pid version signal setting notice
+    count logger source where exception stack
     """.split()  # noqa: SIM905 (a list of fifty words reads better so)
 )
 """The fields that a line may have. Another one is shown as withheld: what it holds is not known to be harmless."""
@@ -46,32 +46,37 @@ ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None]
 def set_up(
     level: str, form: str, *, stream: BinaryIO | None = None, secrets: Iterable[str] = ()
 ) -> FilteringBoundLogger:
-    """Send every log line of the process to `stream` (default: standard error) and return the logger for them.
+    """Send every log line of the process to `stream` (default: standard error) and return a logger for them.
 
     `level` is one of LEVELS, `form` is `json` or `console`; `secrets` are texts that are blacked out wherever they
     appear, besides llorch's own keys and credentials of HTTP. May be called again; the last call holds.
     """
     stream = stream if stream is not None else sys.stderr.buffer
-    log = make_logger(level, form, stream=stream, secrets=secrets)
+    structlog.configure(
+        processors=_processors(form, stream, secrets),
+        wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
+        logger_factory=structlog.BytesLoggerFactory(stream),
+        cache_logger_on_first_use=False,  # a later call must reach the loggers that modules got before it
+    )
+    log: FilteringBoundLogger = structlog.get_logger().bind()
     _take_over(logging.getLogger(), log, LEVELS[level])
     return log
 
 
 def make_logger(level: str, form: str, *, stream: BinaryIO, secrets: Iterable[str] = ()) -> FilteringBoundLogger:
-    """A logger that writes to `stream`, and touches nothing else in the process."""
-    encode = msgspec.json.Encoder(enc_hook=str).encode if form == "json" else _console(stream)
-    logger: FilteringBoundLogger = structlog.wrap_logger(
+    """A logger that writes to `stream` as that of `set_up` does, and touches nothing else in the process."""
+    log: FilteringBoundLogger = structlog.wrap_logger(
         structlog.BytesLogger(stream),
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            describe_exception,
-            only_known_fields,
-            _Renderer(encode, secrets),
-        ],
+        processors=_processors(form, stream, secrets),
         wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
-        cache_logger_on_first_use=True,
     ).bind()
-    return logger
+    return log
+
+
+def _processors(form: str, stream: BinaryIO, secrets: Iterable[str]) -> list[Processor]:
+    encode = msgspec.json.Encoder(enc_hook=str).encode if form == "json" else _console(stream)
+    renderer = _Renderer(encode, secrets)
+    return [structlog.contextvars.merge_contextvars, describe_exception, only_known_fields, renderer]
 
 
 # Processors
@@ -102,7 +107,7 @@ class _Renderer:
 
     def __init__(self, encode: Callable[[Line], bytes], secrets: Iterable[str]) -> None:
         self._encode = encode
-        known = {text for secret in secrets if secret for text in (secret, msgspec.json.encode(secret).decode()[1:-1])}
+        known = {spelling for secret in secrets if secret for spelling in _spellings(secret)}
         self._secret = re.compile("|".join([*map(re.escape, sorted(known)), _CREDENTIAL]).encode(), re.IGNORECASE)
         self._marks = [mark.encode().lower() for mark in (*_CREDENTIAL_MARKS, *known)]
         self._stamp = _Stamp()
@@ -116,6 +121,11 @@ class _Renderer:
             if mark in lowered:
                 return self._secret.sub(REDACTED.encode(), encoded)
         return encoded
+
+
+def _spellings(secret: str) -> tuple[str, ...]:
+    """As it is, inside JSON, and inside a quoted text of a line for people."""
+    return secret, msgspec.json.encode(secret).decode()[1:-1], repr(secret)[1:-1]
 
 
 class _Stamp:
@@ -139,6 +149,8 @@ def _console(stream: BinaryIO) -> Callable[[Line], bytes]:
 
     def encode(line: Line) -> bytes:
         shown = {name: value for name, value in line.items() if value is not None}
+        if "stack" in shown:
+            shown["stack"] = "\n".join(map(str, shown["stack"]))
         return str(render(None, "", shown)).encode()
 
     return encode

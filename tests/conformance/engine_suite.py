@@ -6,7 +6,7 @@ for by asking the engine, with a bound.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -14,7 +14,7 @@ import pytest
 from llorch.adapters.http import Timeouts
 from llorch.adapters.llamacpp import SEED_MAX, LlamaCppEngine
 from llorch.errors import InvalidParams, WorkerReset
-from llorch.service.ports import Batch, Completed, Generation, Message, Sampling
+from llorch.service.ports import Completed, Engine, Generation, Message, Sampling
 
 CTX = 2048
 LONG_PROMPT = "word " * 1500
@@ -46,24 +46,43 @@ def order(
     return Generation(prompt=prompt, max_tokens=max_tokens, seed=seed, strict=strict, sampling=sampling or Sampling())
 
 
-async def collect(stream: AsyncIterator[Batch]) -> tuple[list[str], Completed]:
-    """All tokens and the end, which must be in the last Batch and only there."""
+async def collect(engine: Engine, generation: Generation) -> tuple[list[str], Completed]:
+    """Run a generation to its end: its tokens, and the engine's last word."""
     tokens: list[str] = []
-    completed: Completed | None = None
-    async for batch in stream:
-        assert completed is None, "a Batch came after the end"
-        tokens += batch.tokens
-        completed = batch.completed
-    assert completed is not None, "the stream ended without an end"
+    completed = await engine.generate(generation, tokens.extend)
     return tokens, completed
 
 
-async def first_token(stream: AsyncIterator[Batch]) -> str:
-    """The first token, after whatever progress came before it."""
-    async for batch in stream:
-        if batch.tokens:
-            return batch.tokens[0]
-    raise AssertionError("no token came")
+class Run:
+    """A generation under way."""
+
+    def __init__(self, engine: Engine, generation: Generation) -> None:
+        self.tokens: list[str] = []
+        self._has_token = asyncio.Event()
+        self.task = asyncio.create_task(self._run(engine, generation))
+
+    async def _run(self, engine: Engine, generation: Generation) -> Completed:
+        return await engine.generate(generation, self._take)
+
+    def _take(self, tokens: Sequence[str]) -> None:
+        assert tokens, "the engine handed out nothing"
+        self.tokens += tokens
+        self._has_token.set()
+
+    async def first_token(self) -> str:
+        """The first token; raises what the generation raised when it ended without one."""
+        waiting = asyncio.create_task(self._has_token.wait())
+        await asyncio.wait((waiting, self.task), return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        if not self.tokens:
+            await self.task
+        return self.tokens[0]
+
+    async def cancel(self) -> None:
+        """Cancel it; nothing may come afterwards."""
+        self.task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await self.task
 
 
 async def wait_idle(engine: LlamaCppEngine, bound_s: float = 10.0) -> float:
@@ -99,7 +118,7 @@ class EngineSuite:
 
     async def test_generation_ends_at_max_tokens_with_usage(self, engine: LlamaCppEngine) -> None:
         prompt = "Once upon a time"
-        tokens, completed = await collect(engine.generate(order(prompt, max_tokens=12)))
+        tokens, completed = await collect(engine, order(prompt, max_tokens=12))
         assert completed.finish_reason == "length"
         assert 0 < len(tokens) <= 12
         assert all(tokens)
@@ -108,41 +127,41 @@ class EngineSuite:
         assert completed.usage.cached_tokens == 0
 
     async def test_same_seed_gives_the_same_tokens_and_another_seed_others(self, engine: LlamaCppEngine) -> None:
-        first, _ = await collect(engine.generate(order(seed=1)))
-        again, _ = await collect(engine.generate(order(seed=1)))
-        other, _ = await collect(engine.generate(order(seed=2)))
+        first, _ = await collect(engine, order(seed=1))
+        again, _ = await collect(engine, order(seed=1))
+        other, _ = await collect(engine, order(seed=2))
         assert first == again
         assert first != other
 
     async def test_stop_sequence_ends_the_text_before_it(self, engine: LlamaCppEngine) -> None:
-        tokens, _ = await collect(engine.generate(order(max_tokens=24)))
+        tokens, _ = await collect(engine, order(max_tokens=24))
         text = "".join(tokens)
         stop = next(token.strip() for token in tokens[4:] if len(token.strip()) > 2)
-        kept, completed = await collect(engine.generate(order(max_tokens=24, sampling=Sampling(stop=(stop,)))))
+        kept, completed = await collect(engine, order(max_tokens=24, sampling=Sampling(stop=(stop,))))
         assert "".join(kept) == text[: text.index(stop)]
         assert completed.finish_reason == "stop_sequence"
 
     @pytest.mark.parametrize("seed", [0, SEED_MAX])
     async def test_seeds_at_the_limits_are_repeatable(self, engine: LlamaCppEngine, seed: int) -> None:
-        first, _ = await collect(engine.generate(order(seed=seed)))
-        again, _ = await collect(engine.generate(order(seed=seed)))
+        first, _ = await collect(engine, order(seed=seed))
+        again, _ = await collect(engine, order(seed=seed))
         assert first == again
 
     @pytest.mark.parametrize("seed", [-1, SEED_MAX + 1, 2**32])
     async def test_seeds_beyond_the_limits_are_refused(self, engine: LlamaCppEngine, seed: int) -> None:
         with pytest.raises(InvalidParams, match="seeds from 0 to 4294967294") as caught:
-            await collect(engine.generate(order(seed=seed)))
+            await collect(engine, order(seed=seed))
         assert caught.value.engine == "llamacpp"
 
     async def test_bad_grammar_is_invalid_params(self, engine: LlamaCppEngine) -> None:
         with pytest.raises(InvalidParams, match="grammar") as caught:
-            await collect(engine.generate(order(sampling=Sampling(grammar="root ::= (("))))
+            await collect(engine, order(sampling=Sampling(grammar="root ::= ((")))
         assert caught.value.engine == "llamacpp"
         await wait_idle(engine)
 
     async def test_prompt_longer_than_the_context_is_invalid_params(self, engine: LlamaCppEngine) -> None:
         with pytest.raises(InvalidParams) as caught:
-            await collect(engine.generate(order("word " * 3000)))
+            await collect(engine, order("word " * 3000))
         assert caught.value.details is not None
         assert caught.value.details["n_ctx"] == CTX
         assert caught.value.details["n_prompt_tokens"] >= 3000
@@ -151,10 +170,10 @@ class EngineSuite:
         with pytest.raises(InvalidParams, match="surrogates"):
             await engine.count_tokens("\ud800")
         with pytest.raises(InvalidParams, match="surrogates"):
-            await collect(engine.generate(order("\ud800")))
+            await collect(engine, order("\ud800"))
 
     async def test_empty_prompt_ends_without_tokens(self, engine: LlamaCppEngine) -> None:
-        tokens, completed = await collect(engine.generate(order("")))
+        tokens, completed = await collect(engine, order(""))
         assert tokens == []
         assert completed.finish_reason == "stop"
 
@@ -167,55 +186,45 @@ class EngineSuite:
         assert prompt.index("Be brief.") < prompt.index("How are you?")
         assert prompt.endswith("<|im_start|>assistant\n")
 
-    async def test_closing_while_decoding_frees_the_slot(self, engine: LlamaCppEngine) -> None:
-        stream = engine.generate(order(max_tokens=ENDLESS))
-        await first_token(stream)
+    async def test_cancelling_while_decoding_frees_the_slot(self, engine: LlamaCppEngine) -> None:
+        run = Run(engine, order(max_tokens=ENDLESS))
+        await run.first_token()
         assert await engine.count_busy_slots() == 1
-        await stream.aclose()
+        await run.cancel()
+        count = len(run.tokens)
         assert await wait_idle(engine) < 2.0
+        assert len(run.tokens) == count
 
-    async def test_cancelling_the_consumer_frees_the_slot(self, engine: LlamaCppEngine) -> None:
-        has_token = asyncio.Event()
-
-        async def consume() -> None:
-            async for batch in engine.generate(order(max_tokens=ENDLESS)):
-                if batch.tokens:
-                    has_token.set()
-
-        consumer = asyncio.create_task(consume())
-        await has_token.wait()
-        consumer.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await consumer
-        assert await wait_idle(engine) < 2.0
-
-    async def test_closing_during_prefill_frees_the_slot(self, engine: LlamaCppEngine) -> None:
-        stream = engine.generate(order(LONG_PROMPT))
-        batch = await anext(stream)
-        assert batch == Batch(tokens=[])
-        await stream.aclose()
+    async def test_cancelling_during_prefill_frees_the_slot(self, engine: LlamaCppEngine) -> None:
+        run = Run(engine, order(LONG_PROMPT))
+        async with asyncio.timeout(5):
+            while not await engine.count_busy_slots():
+                pass
+        assert run.tokens == []
+        await run.cancel()
         assert await wait_idle(engine) < 3.0
 
-    async def test_closing_twice_and_iterating_after_it_does_nothing(self, engine: LlamaCppEngine) -> None:
-        stream = engine.generate(order(max_tokens=ENDLESS))
-        await first_token(stream)
-        await stream.aclose()
-        await stream.aclose()
-        assert [batch async for batch in stream] == []
+    async def test_released_slot_is_idle(self, engine: LlamaCppEngine) -> None:
+        run = Run(engine, order(max_tokens=ENDLESS))
+        await run.first_token()
+        await run.cancel()
+        await engine.wait_released(0)
+        assert await engine.count_busy_slots() == 0
 
     async def test_strict_generation_reuses_no_prefix(self, engine: LlamaCppEngine) -> None:
-        _, cold = await collect(engine.generate(order(LONG_PROMPT, max_tokens=2, strict=True)))
-        _, again = await collect(engine.generate(order(LONG_PROMPT, max_tokens=2, strict=True)))
+        _, cold = await collect(engine, order(LONG_PROMPT, max_tokens=2, strict=True))
+        _, again = await collect(engine, order(LONG_PROMPT, max_tokens=2, strict=True))
         assert cold.usage.cached_tokens == again.usage.cached_tokens == 0
 
     async def test_engine_killed_while_decoding_is_worker_reset(self, target: Target) -> None:
         engine = target.connect()
-        stream = engine.generate(order(max_tokens=ENDLESS))
-        await first_token(stream)
+        run = Run(engine, order(max_tokens=ENDLESS))
+        await run.first_token()
         await target.kill()
         with pytest.raises(WorkerReset) as caught:
-            await collect(stream)
+            await run.task
         assert caught.value.engine == "llamacpp"
         with pytest.raises(WorkerReset, match="cannot be reached"):
             await engine.check_health()
+        await engine.wait_released(0)
         await engine.aclose()

@@ -13,8 +13,8 @@ from llorch.errors import DecodeTimeout, LlorchError, PoolUnready, WorkerReset
 from llorch.launch.llamacpp import EngineProcess
 from llorch.service.ports import Sampling
 from llorch.testing.fake_engine import FakeEngine, Faults
-from tests.conformance.engine_suite import CTX, EngineSuite, Target, collect, first_token, order, wait_idle
-from tests.engines import launch_tiny
+from tests.conformance.engine_process import launch_tiny
+from tests.conformance.engine_suite import CTX, EngineSuite, Run, Target, collect, order, wait_idle
 
 
 class TestFakeEngine(EngineSuite):
@@ -33,7 +33,7 @@ class TestFakeEngine(EngineSuite):
         fake.faults = Faults(stall=True)
         engine = target.connect(Timeouts(first_byte_s=0.1))
         with pytest.raises(DecodeTimeout, match="did not begin"):
-            await collect(engine.generate(order()))
+            await collect(engine, order())
         await engine.aclose()
 
     async def test_loading_engine_is_pool_unready(self, target: Target, fake: FakeEngine) -> None:
@@ -42,7 +42,7 @@ class TestFakeEngine(EngineSuite):
         with pytest.raises(PoolUnready, match="Loading model"):
             await engine.check_health()
         with pytest.raises(PoolUnready, match="Loading model"):
-            await collect(engine.generate(order()))
+            await collect(engine, order())
         await engine.aclose()
 
 
@@ -66,17 +66,17 @@ class TestLlamaCpp(EngineSuite):
         engine = target.connect(Timeouts(first_byte_s=0.2))
         os.kill(process.pid or 0, signal.SIGSTOP)
         with pytest.raises(DecodeTimeout, match="did not begin"):
-            await collect(engine.generate(order()))
+            await collect(engine, order())
         os.kill(process.pid or 0, signal.SIGCONT)
         await engine.aclose()
 
     async def test_engine_that_falls_silent_is_decode_timeout(self, target: Target, process: EngineProcess) -> None:
         engine = target.connect(Timeouts(idle_s=0.2))
-        stream = engine.generate(order(max_tokens=1900))
-        await first_token(stream)
+        run = Run(engine, order(max_tokens=1900))
+        await run.first_token()
         os.kill(process.pid or 0, signal.SIGSTOP)
         with pytest.raises(DecodeTimeout, match="went silent"):
-            await collect(stream)
+            await run.task
         os.kill(process.pid or 0, signal.SIGCONT)
         await engine.aclose()
 
@@ -104,22 +104,22 @@ class TestLlamaCpp(EngineSuite):
     async def test_wrong_key_is_pool_unready_and_says_so(self, target: Target) -> None:
         stranger = Target(target.url, "not-the-key", target.kill).connect()
         with pytest.raises(PoolUnready, match="refused llorch's key"):
-            await collect(stranger.generate(order()))
+            await collect(stranger, order())
         with pytest.raises(PoolUnready, match="refused llorch's key"):
             await stranger.count_busy_slots()
         await stranger.aclose()
 
     async def test_generation_that_is_not_strict_may_reuse_a_prefix(self, target: Target) -> None:
         engine = target.connect()
-        await collect(engine.generate(order("word " * 200, max_tokens=2)))
-        _, warm = await collect(engine.generate(order("word " * 200, max_tokens=2, strict=False)))
+        await collect(engine, order("word " * 200, max_tokens=2))
+        _, warm = await collect(engine, order("word " * 200, max_tokens=2, strict=False))
         assert (warm.usage.cached_tokens or 0) > 100
         await engine.aclose()
 
     async def test_json_schema_constrains_the_text(self, target: Target) -> None:
         engine = target.connect()
         sampling = Sampling(json_schema={"enum": ["yes", "no"]})
-        tokens, completed = await collect(engine.generate(order(max_tokens=20, sampling=sampling)))
+        tokens, completed = await collect(engine, order(max_tokens=20, sampling=sampling))
         assert "".join(tokens) in ('"yes"', '"no"')
         assert completed.finish_reason == "stop"
         await engine.aclose()

@@ -169,6 +169,57 @@ def damaged(draw: st.DrawFn, whole: st.SearchStrategy[Any]) -> Any:
     return body
 
 
+def at_bounds(schema: Schema, root: Schema) -> Iterator[Any]:
+    """Values on and beside every bound that `schema` states, at any depth; each stands alone at its place."""
+    if "$ref" in schema or "allOf" in schema:
+        inner = root["definitions"][schema["$ref"].rsplit("/", 1)[1]] if "$ref" in schema else schema["allOf"][0]
+        yield from at_bounds(inner, root)
+        return
+    for keyword in ("minimum", "maximum"):
+        if keyword in schema:
+            yield from (schema[keyword] + step for step in (-1, 0, 1))
+    for keyword, make in MAKERS.items():
+        if keyword in schema:
+            yield from (make(schema[keyword] + step, schema) for step in (-1, 0, 1) if schema[keyword] + step >= 0)
+    if "items" in schema:
+        yield from ([value] for value in at_bounds(schema["items"], root))
+    if isinstance(schema.get("additionalProperties"), dict):
+        yield from ({"k": value} for value in at_bounds(schema["additionalProperties"], root))
+    for name, field in schema.get("properties", {}).items():
+        base = {key: "user" if key == "role" else "x" for key in schema.get("required", [])}
+        yield from ({**base, name: value} for value in at_bounds(field, root))
+
+
+def list_of(size: int, schema: Schema) -> list[Any]:
+    return [{"role": "user", "content": "x"} if "$ref" in schema["items"] and "Message" in str(schema) else "x"] * size
+
+
+MAKERS: dict[str, Callable[[int, Schema], Any]] = {
+    "minLength": lambda size, _: "a" * size,
+    "maxLength": lambda size, _: "a" * size,
+    "minItems": list_of,
+    "maxItems": list_of,
+    "minProperties": lambda size, schema: dict.fromkeys(list(schema["properties"])[:size], 1),
+    "maxProperties": lambda size, _: {str(key): "x" for key in range(size)},
+}
+
+
+@pytest.mark.parametrize("route", WITH_BODY, ids=lambda route: route.operation_id)
+def test_model_and_schema_agree_on_and_beside_every_bound(route: Route) -> None:
+    assert route.body is not None
+    schema = request_schema(route)
+    validator = jsonschema_rs.Draft4Validator(schema)
+    body_schema = schema["definitions"][schema["$ref"].rsplit("/", 1)[1]]
+    group = {option["required"][0] for option in body_schema["oneOf"]}
+    verdicts: Counter[bool] = Counter()
+    for body in at_bounds(schema, schema):
+        whole = body if group & body.keys() else {**body, "prompt": "x"}
+        accepted = model_accepts(route.body, json.dumps(whole).encode())
+        assert accepted == validator.is_valid(whole), json.dumps(body)[:200]
+        verdicts[accepted] += 1
+    assert min(verdicts[True], verdicts[False]) > 20, f"the bodies were one-sided: {verdicts}"
+
+
 @pytest.mark.parametrize("route", WITH_BODY, ids=lambda route: route.operation_id)
 def test_model_and_schema_agree_on_every_body(route: Route) -> None:
     assert route.body is not None
@@ -244,6 +295,8 @@ def test_task_request_takes_and_refuses_what_the_contract_says(body: Any, fits: 
         b'{"model_ref": "m", "prompt": "p", "sampling": {"temperature": NaN}}',
         b'{"model_ref": "m", "prompt": "p", "sampling": {"temperature": Infinity}}',
         b'{"model_ref": "m", "prompt": "p", "session_budgets": {"cost": 1e400}}',
+        b'{"model_ref": "m", "prompt": "p", "sampling": {"json_schema": {"a": [{"b": NaN}]}}}',
+        b'{"model_ref": "m", "prompt": "p", "sampling": {"json_schema": {"a": -Infinity}}}',
         b'{"model_ref": "m", "prompt": "\xff"}',
         b'{"model_ref": "m", "prompt": "\\ud800"}',
         b'{"model_ref": "m", "prompt": "p"',

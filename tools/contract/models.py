@@ -68,7 +68,21 @@ def wire_models(specs: dict[str, Document]) -> str:
     source = _run(json.dumps(document), "openapi", options)
     for name, declarations in rules.items():
         source = _declare(source, name, declarations, schemas[name].get("x-exactly-one", []))
-    return source
+    return _close_free_objects(source)
+
+
+def _close_free_objects(source: str) -> str:
+    """Objects with any content become those that refuse what is no JSON."""
+    if "dict[str, Any]" not in source:
+        return source
+    source = source.replace("dict[str, Any]", "FreeObject")
+    line = re.search(r"^from llorch_contract\.base import (.*)$", source, re.MULTILINE)
+    assert line is not None, "every model has a base class from there"
+    return source.replace(line.group(0), f"from llorch_contract.base import {_listed(line.group(1), 'FreeObject')}", 1)
+
+
+def _listed(names: str, more: str) -> str:
+    return ", ".join(sorted({*names.split(", "), more}))
 
 
 def _class_rules(schema: Document) -> list[str]:
@@ -139,9 +153,8 @@ def _declare(source: str, name: str, declarations: list[str], fields: list[str])
 def _import_class_var(source: str) -> str:
     line = re.search(r"^from typing import (.*)$", source, re.MULTILINE)
     if line is None:
-        return source.replace("\nfrom pydantic", "\nfrom typing import ClassVar\n\nfrom pydantic", 1)
-    names = sorted({*line.group(1).split(", "), "ClassVar"})
-    return source.replace(line.group(0), f"from typing import {', '.join(names)}", 1)
+        return source.replace("\nfrom llorch", "\nfrom typing import ClassVar\n\nfrom llorch", 1)
+    return source.replace(line.group(0), f"from typing import {_listed(line.group(1), 'ClassVar')}", 1)
 
 
 @lru_cache(maxsize=8)  # a pure function that takes a second or two

@@ -36,6 +36,7 @@ class Response:
         "has_head",
         "headers",
         "is_last",
+        "on_arrival",
         "on_body",
         "parser",
         "status",
@@ -52,6 +53,8 @@ class Response:
         self.complete = False
         self.is_last = True
         self.error: LlorchError | None = None
+        self.on_arrival: Callable[[], None] | None = None
+        """Called at once when `take` may have something new, instead of waking a waiter. It must not raise."""
         # The parser calls list.append itself, so that a chunk costs no Python frame.
         self.on_body: Callable[[bytes], None] = self._chunks.append
         self.parser = httptools.HttpResponseParser(self)
@@ -82,6 +85,9 @@ class Response:
 
     def wake(self) -> None:
         """Tell the consumer to look again."""
+        if self.on_arrival is not None:
+            self.on_arrival()
+            return
         waiter = self._waiter
         if waiter is not None:
             self._waiter = None

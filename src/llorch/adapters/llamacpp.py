@@ -5,6 +5,7 @@ table from the engine's errors to LlorchErrors. Connections belong to `llorch.ad
 the service.
 """
 
+import asyncio
 import ssl
 from collections.abc import Sequence
 from typing import Any, Final, TypeVar
@@ -14,8 +15,8 @@ import msgspec
 from llorch.adapters.connections import Response
 from llorch.adapters.http import Answer, HttpClient, Timeouts, typed_errors
 from llorch.adapters.sse import EventSplitter
-from llorch.errors import Canceled, InvalidParams, LlorchError, PoolUnready, WorkerReset
-from llorch.service.ports import Batch, Completed, EngineFacts, Generation, Message, Usage
+from llorch.errors import InvalidParams, LlorchError, PoolUnready, WorkerReset
+from llorch.service.ports import Completed, EngineFacts, Generation, Message, OnTokens, Usage
 
 T = TypeVar("T")
 
@@ -23,6 +24,11 @@ ENGINE: Final = "llamacpp"
 SEED_MAX: Final = 4294967294
 """llama.cpp takes 4294967295 for "draw one at random" and wraps larger seeds around 2**32."""
 
+RELEASE_S: Final = 30.0
+"""The longest that an engine is waited for to let go of a slot."""
+
+_RELEASE_FIRST_PAUSE_S: Final = 0.005
+_RELEASE_LAST_PAUSE_S: Final = 0.1
 _REFUSAL_BYTES_MAX: Final = 1024 * 1024
 _END_FIELDS: Final = ("index", "content", "stop", "stop_type", "tokens_predicted", "tokens_evaluated", "timings")
 _FINISH_REASONS: Final = {"limit": "length", "word": "stop_sequence", "eos": "stop", "none": "stop"}
@@ -80,6 +86,7 @@ class _Models(msgspec.Struct):
 
 
 class _Slot(msgspec.Struct):
+    id: int = 0
     is_processing: bool = False
     n_ctx: int | None = None
 
@@ -114,9 +121,42 @@ class LlamaCppEngine:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._http = HttpClient(base_url, headers=headers, timeouts=timeouts, ssl_context=ssl_context, engine=ENGINE)
 
-    def generate(self, generation: Generation) -> "Completion":
-        """See Engine.generate. Raises InvalidParams for a seed over SEED_MAX, when iterated."""
-        return Completion(self._http, generation)
+    async def generate(self, generation: Generation, on_tokens: OnTokens) -> Completed:
+        """See Engine.generate. Raises InvalidParams for a seed over SEED_MAX."""
+        response = await self._open(generation)
+        relay = _Relay(response, on_tokens)
+        try:
+            return await relay.run()
+        except LlorchError as exc:
+            exc.engine = ENGINE
+            raise
+        finally:
+            await response.aclose()
+
+    async def wait_released(self, slot: int) -> None:
+        """See Engine.wait_released; asks the slots endpoint, for at most RELEASE_S seconds."""
+        pause_s = _RELEASE_FIRST_PAUSE_S
+        try:
+            async with asyncio.timeout(RELEASE_S):
+                while await self._is_processing(slot):
+                    await asyncio.sleep(pause_s)
+                    pause_s = min(2 * pause_s, _RELEASE_LAST_PAUSE_S)
+        except (TimeoutError, LlorchError):
+            return
+
+    async def _is_processing(self, slot: int) -> bool:
+        slots = await self._read_optional("/slots", list[_Slot]) or []
+        return any(found.is_processing for found in slots if found.id == slot)
+
+    async def _open(self, generation: Generation) -> Response:
+        response = await self._http.stream("POST", "/completion", _encode_generation(generation))
+        if response.status == 200:
+            return response
+        try:
+            with typed_errors(self._http.authority, engine=ENGINE):
+                raise _refusal(response.status, await response.read(_REFUSAL_BYTES_MAX))
+        finally:
+            await response.aclose()
 
     async def check_health(self) -> None:
         """See Engine.check_health."""
@@ -179,81 +219,66 @@ class LlamaCppEngine:
             raise WorkerReset("The engine's answer is not what llama.cpp answers.", engine=ENGINE) from exc
 
 
-class Completion:
-    """The stream of one generation: an async iterator of Batches, one for all that arrived together."""
+class _Relay:
+    """Takes one streamed answer apart as it arrives, and hands out its tokens."""
 
-    __slots__ = ("_generation", "_http", "_is_over", "_response", "_splitter")
+    __slots__ = ("_ended", "_on_tokens", "_response", "_splitter")
 
-    def __init__(self, http: HttpClient, generation: Generation) -> None:
-        self._http = http
-        self._generation: Generation | None = generation
-        self._response: Response | None = None
-        self._splitter = EventSplitter()
-        self._is_over = False
-
-    def __aiter__(self) -> "Completion":
-        return self
-
-    async def __anext__(self) -> Batch:
-        if self._is_over:
-            raise StopAsyncIteration
-        try:
-            response = self._response or await self._open()
-            while True:
-                data = response.take()
-                if data is None:
-                    await response.wait()
-                elif not data:
-                    raise WorkerReset("The engine ended its answer without saying that it is complete.")
-                elif events := self._splitter.feed(data):
-                    return self._read(events, response)
-        except _UNREADABLE as exc:
-            await self.aclose()
-            raise WorkerReset("The engine's stream is not what llama.cpp sends.", engine=ENGINE) from exc
-        except LlorchError as exc:
-            exc.engine = ENGINE
-            await self.aclose()
-            raise
-        except BaseException:
-            await self.aclose()
-            raise
-
-    async def aclose(self) -> None:
-        """Give up the generation: the connection is closed when this returns, unless all was received. Idempotent."""
-        self._is_over = True
-        response, self._response = self._response, None
-        if response is not None:
-            await response.aclose()
-
-    async def _open(self) -> Response:
-        generation, self._generation = self._generation, None
-        if generation is None:
-            raise Canceled("The generation was given up while its connection was opened.")
-        response = await self._http.stream("POST", "/completion", _encode_generation(generation))
+    def __init__(self, response: Response, on_tokens: OnTokens) -> None:
         self._response = response
-        if self._is_over:
-            await self.aclose()
-            raise Canceled("The generation was given up while its connection was opened.")
-        if response.status != 200:
-            with typed_errors(self._http.authority, engine=ENGINE):
-                raise _refusal(response.status, await response.read(_REFUSAL_BYTES_MAX))
-        return response
+        self._on_tokens = on_tokens
+        self._splitter = EventSplitter()
+        self._ended: asyncio.Future[Completed] = asyncio.get_running_loop().create_future()
 
-    def _read(self, events: list[bytes], response: Response) -> Batch:
+    async def run(self) -> Completed:
+        """Return the engine's last word, or raise why there is none; nothing is handed out afterwards."""
+        self._response.on_arrival = self._take
+        self._take()
+        try:
+            return await self._ended
+        finally:
+            self._response.on_arrival = None
+            if self._ended.done() and not self._ended.cancelled():
+                self._ended.exception()  # seen, even when a cancellation came first
+
+    def _take(self) -> None:
+        """Hand out what has arrived. Whatever goes wrong ends the run, not the connection that calls this."""
+        if self._ended.done():
+            return
+        try:
+            while (data := self._response.take()) is not None:
+                if not data:
+                    raise WorkerReset("The engine ended its answer without saying that it is complete.")
+                completed = self._hand_out(self._splitter.feed(data))
+                if completed is not None:
+                    # Nothing follows but the end of the HTTP message, which must not delay the last token.
+                    self._response.let_finish()
+                    self._ended.set_result(completed)
+                    return
+        except _UNREADABLE as exc:
+            error = WorkerReset("The engine's stream is not what llama.cpp sends.", engine=ENGINE)
+            error.__cause__ = exc
+            self._ended.set_exception(error)
+        except Exception as exc:  # noqa: BLE001 (raised again by run)
+            self._ended.set_exception(exc)
+
+    def _hand_out(self, events: list[bytes]) -> Completed | None:
         tokens: list[str] = []
+        end: bytes | None = None
         for data in events:
             event = _decode_event(data)
             if event.content:
                 tokens.append(event.content)
-            if event.stop:
-                # Nothing follows but the end of the HTTP message, which must not delay the last token.
-                self._is_over = True
-                self._response = None
-                response.let_finish()
-                return Batch(tokens, _completed(_decode_end(data)))
-            if event.content is None:
-                raise _broken_off(data)
-        return Batch(tokens)
+            if event.stop or event.content is None:
+                end = data
+                break
+        if tokens:
+            self._on_tokens(tokens)
+        if end is None:
+            return None
+        if not event.stop:
+            raise _broken_off(end)
+        return _completed(_decode_end(end))
 
 
 def _encode_generation(generation: Generation) -> bytes:

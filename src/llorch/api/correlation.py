@@ -17,6 +17,11 @@ def correlation_id_of(headers: list[tuple[bytes, bytes]]) -> str:
     for name, value in headers:
         if name == HEADER and _is_valid(value):
             return value.decode("ascii")
+    return new_correlation_id()
+
+
+def new_correlation_id() -> str:
+    """128 random bits in hex."""
     return secrets.token_hex(16)
 
 

@@ -22,12 +22,12 @@ class Exchange:
     `headers` has lower-case names; of a header that comes twice the last counts.
     """
 
-    __slots__ = ("_send", "correlation_id", "has_started", "headers", "receive", "scope")
+    __slots__ = ("correlation_id", "has_started", "headers", "receive", "scope", "send")
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, correlation_id: str) -> None:
         self.scope = scope
         self.receive = receive
-        self._send = send
+        self.send = send
         self.correlation_id = correlation_id
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         self.has_started = False
@@ -36,13 +36,11 @@ class Exchange:
         """Send the status line and the headers. Only once."""
         self.has_started = True
         correlation = (b"x-correlation-id", self.correlation_id.encode())
-        await self._send(
-            {"type": "http.response.start", "status": status, "headers": [correlation, *_ALWAYS, *headers]}
-        )
+        await self.send({"type": "http.response.start", "status": status, "headers": [correlation, *_ALWAYS, *headers]})
 
     async def write(self, body: bytes, *, more: bool = False) -> None:
         """Send a piece of the body."""
-        await self._send({"type": "http.response.body", "body": body, "more_body": more})
+        await self.send({"type": "http.response.body", "body": body, "more_body": more})
 
     async def respond(
         self, status: int, content_type: bytes, body: bytes, headers: Iterable[Header] = (), *, more: bool = False

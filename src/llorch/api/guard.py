@@ -1,10 +1,11 @@
-"""What is refused before anything is looked up: too many header bytes and, without keys, what a browser may be made to do.
+"""What is refused before anything is looked up: too many header bytes and, without keys, what a browser could be told.
 
 Without keys the machine itself is the only border. A foreign web page in a browser on it must not cross: neither under
 a name that resolves to loopback (DNS rebinding) nor by requests that a browser sends without asking first.
 """
 
 import ipaddress
+import re
 from functools import lru_cache
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -12,6 +13,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from llorch.api.bodies import is_json
 from llorch.api.exchange import Exchange, exchange_of
 from llorch.errors import Forbidden, PayloadTooLarge, UnsupportedMediaType
+
+_HOST = re.compile(r"(?:\[(?P<v6>[0-9a-f:.]+)\]|(?P<name>[^:\[\]]+))(?::[0-9]{1,5})?")
 
 
 class Guard:
@@ -54,19 +57,13 @@ def _check_origin(exchange: Exchange) -> None:
 @lru_cache(maxsize=64)
 def is_loopback(host: bytes) -> bool:
     """Whether a Host header, with or without a port, names this machine: `localhost`, 127.0.0.0/8 or [::1]."""
-    name, _, port = host.decode("latin-1").lower().partition("]") if host[:1] == b"[" else _split(host)
-    if port.strip(":") and not port.strip(":").isdecimal():
+    match = _HOST.fullmatch(host.decode("latin-1").lower())
+    if match is None:
         return False
-    if name == "localhost":
-        return True
     try:
-        return ipaddress.ip_address(name.removeprefix("[")).is_loopback
+        return match["name"] == "localhost" or ipaddress.ip_address(match["v6"] or match["name"]).is_loopback
     except ValueError:
         return False
-
-
-def _split(host: bytes) -> tuple[str, str, str]:
-    return host.decode("latin-1").lower().partition(":")
 
 
 def _has_body(headers: dict[bytes, bytes]) -> bool:

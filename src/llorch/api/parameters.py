@@ -66,7 +66,7 @@ def compile_schema(name: str, schema: Mapping[str, Any]) -> Validator:
     kind = schema.get("type")
     words = {"string": _STRING_WORDS, "integer": _INTEGER_WORDS}.get(str(kind), frozenset())
     unknown = {word for word in schema if not word.startswith("x-")} - words
-    if unknown or schema.get("format", "int32") not in _FORMATS:
+    if not words or unknown or schema.get("format", "int32") not in _FORMATS:
         raise ValueError(f"parameter {name}: schema not understood: {dict(schema)}")
     return _integer(name, schema) if kind == "integer" else _string(name, schema)
 

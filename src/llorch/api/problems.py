@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llorch import errors
+from llorch.api.correlation import new_correlation_id
 from llorch.api.exchange import Exchange, Header, exchange_of
 from llorch.errors import LlorchError
 from llorch.service.frames import problem
@@ -110,15 +111,36 @@ class Problems:
                 await _answer(exchange, error)
 
 
+def raw_response(error: LlorchError) -> bytes:
+    """The whole HTTP/1.1 response for what is refused before there is a request; the connection ends with it."""
+    status = status_of(error)
+    correlation_id = new_correlation_id()
+    body = _encode(error, correlation_id)
+    lines = [
+        f"HTTP/1.1 {status.value} {status.phrase}",
+        f"x-correlation-id: {correlation_id}",
+        "cache-control: no-store",
+        "x-content-type-options: nosniff",
+        "content-type: application/json",
+        f"content-length: {len(body)}",
+        "connection: close",
+    ]
+    return "\r\n".join((*lines, "", "")).encode() + body
+
+
 async def _answer(exchange: Exchange, error: LlorchError) -> None:
-    envelope = problem(error, exchange.correlation_id)
-    envelope["message"] = error.message[:_MAX_MESSAGE]
-    body = msgspec.json.encode(envelope)
+    body = _encode(error, exchange.correlation_id)
     is_unread = isinstance(error, errors.PayloadTooLarge)
     await exchange.respond(status_of(error), b"application/json", body, headers_of(error), more=is_unread)
     if is_unread:
         await exchange.linger()
         await exchange.write(b"")
+
+
+def _encode(error: LlorchError, correlation_id: str) -> bytes:
+    envelope = problem(error, correlation_id)
+    envelope["message"] = error.message[:_MAX_MESSAGE]
+    return msgspec.json.encode(envelope)
 
 
 def _allowed(exc: HTTPException) -> dict[str, list[str]] | None:

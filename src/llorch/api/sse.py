@@ -1,22 +1,21 @@
 """Server-sent events on the wire: a reader's frames go out as they come, and a client that is gone is noticed.
 
-Nothing is done per token but a read and a send.
+A frame is sent by whoever appended it, within the same turn of the event loop: no task is woken for it. Only when the
+client's buffer is full does a task wait until it has room.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
-
-from starlette.types import Receive
+from collections.abc import AsyncIterator, Coroutine, Generator
+from typing import Any
 
 from llorch.api.exchange import Exchange
-from llorch.errors import StreamGone
 from llorch.service.streams import Reader
 
 HEADERS = ((b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no"))
 
 
 class Following(AsyncIterator[bytes]):
-    """A reader of a task as a reply of the contract holds it. Whoever sends it calls `reader.leave`."""
+    """A reader of a task as a reply of the contract holds it. `send_events` sends it and calls `reader.leave`."""
 
     __slots__ = ("reader",)
 
@@ -24,10 +23,7 @@ class Following(AsyncIterator[bytes]):
         self.reader = reader
 
     async def __anext__(self) -> bytes:
-        chunk = await self.reader.read()
-        if not chunk:
-            raise StopAsyncIteration
-        return chunk
+        raise StopAsyncIteration
 
 
 async def send_events(exchange: Exchange, status: int, reader: Reader) -> None:
@@ -35,30 +31,78 @@ async def send_events(exchange: Exchange, status: int, reader: Reader) -> None:
 
     The reader has left when this returns, however it does.
     """
-    watch = asyncio.ensure_future(_leave_when_disconnected(exchange.receive, reader))
+    sender = _Sender(exchange, reader)
     try:
         await exchange.start(status, HEADERS)
-        await _relay(exchange, reader)
+        reader.on_ready = sender.send_ready
+        sender.send_ready()
+        # ASGI tells this when the client has left, and also when the response is complete.
+        while (await exchange.receive())["type"] != "http.disconnect":
+            pass
     finally:
-        watch.cancel()
+        sender.stop()
         reader.leave()
 
 
-async def _relay(exchange: Exchange, reader: Reader) -> None:
-    read, write = reader.read, exchange.write
-    more = True
-    while more:
-        try:
-            chunk = await read()
-        except StreamGone:
-            # The transcript expired under a reader that was too slow: what it has is all that it gets.
-            await write(b"")
+class _Sender:
+    """Sends what is ready, as long as that needs no waiting; what has to wait goes on in a task."""
+
+    __slots__ = ("_exchange", "_reader", "_waiting")
+
+    def __init__(self, exchange: Exchange, reader: Reader) -> None:
+        self._exchange = exchange
+        self._reader = reader
+        self._waiting: asyncio.Task[None] | None = None
+
+    def send_ready(self) -> None:
+        """Send all that the reader has to give."""
+        if self._waiting is not None:
             return
-        more = not reader.is_done
-        await write(chunk, more=more)
+        reader, write = self._reader, self._exchange.write
+        while (chunk := reader.take()) or reader.is_done:
+            is_last = reader.is_done
+            if is_last:
+                reader.on_ready = None
+            sending = write(chunk, more=not is_last)
+            try:
+                awaited = sending.send(None)
+            except StopIteration:
+                if is_last:
+                    return
+            else:
+                self._waiting = asyncio.ensure_future(self._send_rest(sending, awaited))
+                return
+
+    def stop(self) -> None:
+        """Send nothing more."""
+        if self._waiting is not None:
+            self._waiting.cancel()
+
+    async def _send_rest(self, sending: Coroutine[Any, Any, None], awaited: Any) -> None:
+        await _Begun(sending, awaited)
+        self._waiting = None
+        if self._reader.on_ready is not None:
+            self.send_ready()
 
 
-async def _leave_when_disconnected(receive: Receive, reader: Reader) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    reader.leave()
+class _Begun:
+    """The rest of a coroutine that was begun outside of a task and came to a point where it has to wait."""
+
+    __slots__ = ("_awaited", "_coroutine")
+
+    def __init__(self, coroutine: Coroutine[Any, Any, None], awaited: Any) -> None:
+        self._coroutine = coroutine
+        self._awaited = awaited
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        awaited = self._awaited
+        while True:
+            try:
+                try:
+                    result = yield awaited
+                except BaseException as exc:  # noqa: BLE001 (whatever it is belongs to the coroutine)
+                    awaited = self._coroutine.throw(exc)
+                else:
+                    awaited = self._coroutine.send(result)
+            except StopIteration:
+                return

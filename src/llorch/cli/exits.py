@@ -6,9 +6,7 @@ It turns what the rooms below raise into both, in this one place.
 import re
 from collections.abc import Mapping
 from enum import IntEnum
-from typing import IO, Any, Final
-
-import click
+from typing import Final, Self
 
 from llorch.client import ApiError, ClientError, ErrorCode, InvalidRequest, Problem, StreamLost, Unreachable
 from llorch.errors import ConfigError, LaunchError, LlorchError
@@ -26,6 +24,7 @@ class Exit(IntEnum):
     UNREACHABLE = 6
     CANCELED = 7
     INTERRUPTED = 130
+    CUT_OFF = 141
 
 
 MEANINGS: Final[Mapping[Exit, str]] = {
@@ -38,6 +37,7 @@ MEANINGS: Final[Mapping[Exit, str]] = {
     Exit.UNREACHABLE: "no answer from a llorch server",
     Exit.CANCELED: "the task was canceled, not by this command",
     Exit.INTERRUPTED: "interrupted (Ctrl-C); a task that was being followed is canceled",
+    Exit.CUT_OFF: "nobody reads the output any more; a task that was being followed is canceled",
 }
 
 EPILOG: Final = "\b\nExit codes:\n" + "\n".join(f"  {code.value:>3}  {text}" for code, text in MEANINGS.items())
@@ -65,61 +65,57 @@ _HINTS: Final[Mapping[Exit, str]] = {
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 
 
-class Complaint(click.ClickException):
-    """An error for people: one line on stderr. What it quotes cannot steer the terminal or forge a second line."""
+class Complaint(Exception):
+    """An error for people, and the exit code."""
 
-    def __init__(self, code: str, message: str, hint: str, exit_code: Exit) -> None:
-        super().__init__(" ".join(part for part in (f"{code}: {_sentence(message)}", hint) if part))
+    def __init__(self, text: str, exit_code: Exit) -> None:
         self.exit_code = exit_code
+        super().__init__(text)
 
-    def show(self, file: IO[Any] | None = None) -> None:
-        click.echo(f"llorch: {_CONTROL.sub(' ', self.message)}", file=file, err=True)
-
-
-class ConfigComplaint(click.ClickException):
-    """What is wrong with a configuration: a line for each place."""
-
-    exit_code = Exit.USAGE
-
-    def show(self, file: IO[Any] | None = None) -> None:
-        click.echo(self.message, file=file, err=True)
+    @classmethod
+    def line(cls, code: str, message: str, hint: str, exit_code: Exit) -> Self:
+        """One line: code, message, what to do. What it quotes cannot steer the terminal or forge a second line."""
+        text = " ".join(part for part in (f"llorch: {code}: {_sentence(message)}", hint) if part)
+        return cls(_CONTROL.sub(" ", text), exit_code)
 
 
-def complaint(error: LlorchError | ClientError) -> click.ClickException:
+def complaint(error: LlorchError | ClientError) -> Complaint:
     """What to tell of `error`, and the exit code."""
     match error:
-        case ConfigError():
-            return ConfigComplaint(error.message)
-        case LaunchError():
-            return click.ClickException(error.message)
+        case ConfigError():  # a line for each problem, which begins with the file
+            return Complaint(error.message, Exit.USAGE)
+        case LaunchError():  # the last words of an engine are lines, too
+            return Complaint(f"llorch: {error.message}", Exit.FAILED)
         case LlorchError():
-            return Complaint(error.code, error.message, "", Exit.FAILED)
+            return Complaint.line(error.code, error.message, "", Exit.FAILED)
         case ApiError():
             return _refused(error)
         case InvalidRequest():
-            return Complaint("INVALID_PARAMS", str(error), _HINTS[Exit.USAGE], Exit.USAGE)
+            return Complaint.line("INVALID_PARAMS", str(error), _HINTS[Exit.USAGE], Exit.USAGE)
         case StreamLost():
             hint = f"The task may still run: `llorch status {error.task_id}`."
-            return Complaint("UNREACHABLE", str(error), hint, Exit.UNREACHABLE)
+            return Complaint.line("UNREACHABLE", str(error), hint, Exit.UNREACHABLE)
         case Unreachable():
-            return Complaint("UNREACHABLE", str(error), _HINTS[Exit.UNREACHABLE], Exit.UNREACHABLE)
+            return Complaint.line("UNREACHABLE", str(error), _HINTS[Exit.UNREACHABLE], Exit.UNREACHABLE)
         case _:
             hint = "Is this the address of a llorch server of this version?"
-            return Complaint("PROTOCOL", str(error), hint, Exit.UNREACHABLE)
+            return Complaint.line("PROTOCOL", str(error), hint, Exit.UNREACHABLE)
 
 
 def task_complaint(problem: Problem) -> Complaint:
     """What to tell of a task that ended in an error."""
     if problem.code is ErrorCode.CANCELED:
-        return Complaint(problem.code.value, problem.message, "", Exit.CANCELED)
+        return Complaint.line(problem.code.value, problem.message, "", Exit.CANCELED)
     hint = "Submit it again." if problem.retriable else ""
-    return Complaint(problem.code.value, problem.message, hint, Exit.FAILED)
+    return Complaint.line(problem.code.value, problem.message, hint, Exit.FAILED)
 
 
 def _refused(error: ApiError) -> Complaint:
     exit_code = _BY_STATUS.get(error.status, Exit.USAGE if 400 <= error.status < 500 else Exit.FAILED)
     if error.problem is None:
-        return Complaint(f"HTTP_{error.status}", "the answer wears no error envelope", _HINTS[exit_code], exit_code)
+        return Complaint.line(
+            f"HTTP_{error.status}", "the answer wears no error envelope", _HINTS[exit_code], exit_code
+        )
     hint = _HINTS[exit_code]
     if exit_code is Exit.REFUSED and not error.problem.retriable:
         hint = ""
@@ -129,7 +125,7 @@ def _refused(error: ApiError) -> Complaint:
         hint = f"The server's log has more, under the correlation id {error.problem.correlation_id}."
     place = (error.problem.details or {}).get("path")
     message = f"{error.problem.message} (at {place})" if isinstance(place, str) and place else error.problem.message
-    return Complaint(error.problem.code.value, message, hint, exit_code)
+    return Complaint.line(error.problem.code.value, message, hint, exit_code)
 
 
 def _sentence(text: str) -> str:

@@ -1,10 +1,12 @@
 """The group of all commands, and how whatever they raise ends."""
 
-from typing import Any
+import os
+import sys
+from typing import Any, NoReturn
 
 import click
 
-from llorch.cli.exits import EPILOG, Exit, complaint
+from llorch.cli.exits import EPILOG, Complaint, Exit, complaint
 from llorch.cli.operate import check_config, engine, keys, serve
 from llorch.cli.pools import pools
 from llorch.cli.submit import submit
@@ -20,9 +22,20 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except (LlorchError, ClientError) as exc:
-            raise complaint(exc) from exc
+            _end(ctx, complaint(exc))
+        except Complaint as exc:
+            _end(ctx, exc)
         except KeyboardInterrupt:
             ctx.exit(Exit.INTERRUPTED)
+        except BrokenPipeError:
+            # Python flushes stdout once more on its way out; that must not fail again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(Exit.CUT_OFF)
+
+
+def _end(ctx: click.Context, told: Complaint) -> NoReturn:
+    click.echo(str(told), err=True)
+    ctx.exit(told.exit_code)
 
 
 @click.group(cls=Commands, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})

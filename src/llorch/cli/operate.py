@@ -1,4 +1,7 @@
-"""Commands for whoever runs the server: serve, check-config, keys, engine. Rooms they need are imported when they run."""
+"""Commands for whoever runs the server: serve, check-config, keys, engine.
+
+The rooms that do the work are imported when a command runs.
+"""
 
 import os
 import re
@@ -61,7 +64,7 @@ def _check_name(_ctx: click.Context, _parameter: click.Parameter, value: str | N
 )  # fmt: skip
 @click.option(
     "--priority", "priorities", multiple=True, type=click.Choice([level.value for level in Priority]),
-    default=tuple(level.value for level in Priority), show_default=True, help="What its tasks may use; may be repeated.",
+    default=tuple(level.value for level in Priority), show_default=True, help="Priorities its tasks may use.",
 )  # fmt: skip
 @click.option("--id", "key_id", callback=_check_name, help="Name of the key in logs; made up when absent.")
 def keys_new(tenant: str, scopes: Sequence[str], priorities: Sequence[str], key_id: str | None) -> None:
@@ -101,7 +104,9 @@ def engine() -> None:
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Threads that compute; by default all cores but one.")
 @click.option("--alias", help="Name of the model; by default its file's.")
-def llamacpp(model: Path, port: int, host: str, slots: int, ctx: int, threads: int | None, alias: str | None) -> None:
+def llamacpp(
+    *, model: Path, port: int, host: str, slots: int, ctx: int, threads: int | None, alias: str | None
+) -> None:
     """Run the genuine llama.cpp server (extra `llorch[local]`) until it is told to end.
 
     LLORCH_ENGINE_KEY in the environment is the key that it asks of its clients.

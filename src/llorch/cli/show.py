@@ -48,7 +48,7 @@ class ShowAnswer:
 
     def __init__(self, clock: Callable[[], float] = monotonic) -> None:
         is_terminal = sys.stdout.isatty()
-        self._answer = Answer(lambda text: click.echo(text, nl=False), is_terminal=is_terminal)
+        self._answer = Answer(_write_exactly, is_terminal=is_terminal)
         self._line = LiveLine(Console(stderr=True), is_answer_here=is_terminal)
         self._clock = clock
         self._tokens = 0
@@ -69,9 +69,8 @@ class ShowAnswer:
                 self._line.show(f"running on {frame.replica_id} · waited {frame.waited_ms} ms")
             case End(frame=frame):
                 self.close()
-                self._line.leave(
-                    f"{frame.tokens_out} tokens{self._rate()} · waited {frame.waited_ms} ms · {frame.finish_reason.value}"
-                )
+                ended = f"waited {frame.waited_ms} ms · {frame.finish_reason.value}"
+                self._line.leave(f"{frame.tokens_out} tokens{self._rate()} · {ended}")
             case _:
                 pass
 
@@ -91,6 +90,11 @@ class ShowAnswer:
     def close(self) -> None:
         self._line.hide()
         self._answer.end()
+
+
+def _write_exactly(text: str) -> None:
+    """Write to stdout at once. `color` keeps what click takes for colors and would leave out of a pipe."""
+    click.echo(text, nl=False, color=True)
 
 
 def _position(position: int, predicted_start_ms: int | None, reason: str = "") -> str:

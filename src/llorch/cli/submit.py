@@ -1,6 +1,7 @@
 """The command submit: one task from the text to the end of its answer."""
 
 import asyncio
+import sys
 from contextlib import aclosing
 from typing import Any
 
@@ -39,7 +40,7 @@ def submit(
     """Submit TEXT (- reads it from stdin) and print the answer as it comes. Ctrl-C cancels the task."""
     if raw and system is not None:
         raise click.UsageError("--raw takes no --system: a raw prompt has no messages")
-    content = click.get_text_stream("stdin").read() if text == "-" else text
+    content = sys.stdin.read() if text == "-" else text
     if not content:
         raise click.UsageError("there is no text")
     fields = {**_prompt(content, system, is_raw=raw), **_parameters(**options)}
@@ -85,7 +86,6 @@ async def _only_model(client: AsyncClient) -> str:
     models = sorted({route.model for route in (await client.get_capabilities()).routes})
     if len(models) != 1:
         found = f"it has {', '.join(models)}" if models else "it has none"
-        raise Complaint(
-            "INVALID_PARAMS", "the server has not exactly one model", f"Name one with --model: {found}.", Exit.USAGE
-        )
+        hint = f"Name one with --model: {found}."
+        raise Complaint.line("INVALID_PARAMS", "the server has not exactly one model", hint, Exit.USAGE)
     return models[0]

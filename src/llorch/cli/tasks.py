@@ -34,7 +34,7 @@ def cancel(connection: Connection, task_id: str) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line for every task.")
 @connects
 def status(
-    connection: Connection, task_id: str | None, state: str | None, session: str | None, limit: int, as_json: bool
+    connection: Connection, task_id: str | None, *, state: str | None, session: str | None, limit: int, as_json: bool
 ) -> None:
     """Show the task TASK_ID, or list your own tasks, newest first."""
     wanted = None if state is None else TaskState(state)
@@ -93,11 +93,15 @@ def _facts(task: Task) -> Iterable[tuple[str, str | None]]:
     yield "started", timeline.started_at
     yield "first token", timeline.first_token_at
     yield "ended", timeline.ended_at
-    yield "placement", task.placement and f"{task.placement.replica_id}, attempt {task.placement.attempt}"
-    yield "finish reason", task.finish_reason and task.finish_reason.value
-    yield "tokens", usage and f"{_known(usage.prompt_tokens)} in, {_known(usage.completion_tokens)} out"
+    if task.placement is not None:
+        yield "placement", f"{task.placement.replica_id}, attempt {task.placement.attempt}"
+    if task.finish_reason is not None:
+        yield "finish reason", task.finish_reason.value
+    if usage is not None:
+        yield "tokens", f"{_known(usage.prompt_tokens)} in, {_known(usage.completion_tokens)} out"
     yield "labels", ", ".join(f"{name}={value}" for name, value in task.labels.items()) or None
-    yield "error", task.error and f"{task.error.code.value}: {task.error.message}"
+    if task.error is not None:
+        yield "error", f"{task.error.code.value}: {task.error.message}"
 
 
 def _known(number: int | None) -> str:

@@ -4,7 +4,7 @@ import asyncio
 import random
 import uuid
 from collections.abc import AsyncGenerator
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from typing import Any, Final, Self
 from urllib.parse import quote
 
@@ -122,18 +122,20 @@ class AsyncClient:
         A consumer that stops early (`aclose`, a `break` out of the loop, cancellation) cancels the task.
         """
         request = _identified(request, fields)
+        task_id = str(request.task_id)
+        events = self.stream(task_id)
         is_over = False
         try:
-            accepted = await self._submit(request)
-            yield Accepted(accepted)
-            async with aclosing(self.stream(accepted.task_id)) as events:
-                async for event in events:
-                    is_over = isinstance(event, End | ErrorEvent)
-                    yield event
+            yield Accepted(await self._submit(request))
+            async for event in events:
+                is_over = isinstance(event, End | ErrorEvent)
+                yield event
         except (GeneratorExit, asyncio.CancelledError):
             if not is_over:
-                await self._say_farewell(str(request.task_id))
+                await self._say_farewell(task_id)
             raise
+        finally:
+            await events.aclose()
 
     async def _say_farewell(self, task_id: str) -> None:
         """Cancel an abandoned task as well as that can be done: nobody is left to be told of a failure."""

@@ -5,6 +5,7 @@ It knows statuses and headers and nothing of tasks.
 
 import asyncio
 import ipaddress
+import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ class Transport:
             timeout=httpx.Timeout(timeouts.answer_s, connect=timeouts.connect_s),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=20),
             trust_env=not _is_loopback(url.host),
+            verify=_trust(url),
         )
 
     async def aclose(self) -> None:
@@ -190,6 +192,11 @@ def _server_url(base_url: str) -> httpx.URL:
             f"{base_url!r} is no address of a server: it begins with http:// or https:// and has a host"
         )
     return url
+
+
+def _trust(url: httpx.URL) -> ssl.SSLContext | bool:
+    """Whom TLS trusts. Where none is spoken that is nobody, which spares reading the list of authorities (50 ms)."""
+    return True if url.scheme == "https" else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 
 def _is_loopback(host: str) -> bool:

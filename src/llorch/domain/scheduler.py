@@ -204,7 +204,7 @@ class Scheduler:
         return self._retry_or_fail(task, attempt, event.fault, now)
 
     def _retry_or_fail(self, task: Task, attempt: Attempt, fault: Fault, now: float) -> list[ev.Command]:
-        """1. Not to be retried: the end. 2. Going away. 3. Late. 4. Tried enough. 5. Try again."""
+        """1. Not to be retried: the end. 2. Going away. 3. Late. 4. Tried enough. 5. Nowhere to go. 6. Try again."""
         if attempt.has_token or not issubclass(fault.kind, RETRIED_FAULTS):
             return self._finish(task.key, TaskState.FAILED, fault, now)
         if self._closing is not None:
@@ -214,6 +214,8 @@ class Scheduler:
         if task.attempts >= self.policy.attempts:
             exhausted = Fault(ReplicaExhausted, f"{task.attempts} attempts failed, the last one: {fault.message}")
             return self._finish(task.key, TaskState.FAILED, exhausted, now)
+        if not self.fleet.can_serve(task.need):
+            return self._finish(task.key, TaskState.FAILED, STRANDED, now)
         task.move(TaskState.QUEUED)
         self._timers.clear(task.key, Timer.WALL)
         self.queue.push(task)
@@ -229,7 +231,7 @@ class Scheduler:
 
     def _leave(self, key: TaskKey, now: float) -> None:
         task = self.tasks.get(key)
-        if task is not None:
+        if task is not None and task.readers:
             task.readers -= 1
             if task.readers == 0 and task.spec.cancel_unread:
                 self._timers.set(key, Timer.UNREAD, now + self.policy.unread_grace_s)

@@ -99,6 +99,7 @@ class Dispatcher:
             raise refusal.error(engine=record.route.engine)
         assert record.acceptance is not None
         record.acceptance = acceptance = replace(record.acceptance, state=record.admitted.state)
+        self.advise(record)
         await self._journal.commit()
         return acceptance
 
@@ -260,16 +261,18 @@ class Dispatcher:
         for scheduler in self.schedulers.values():
             for position, task in enumerate(scheduler.queue):
                 record = self._record(task)
-                if record.stream.readers and record.told_position != position:
+                if record.told_position != position:
                     self.advise(record)
 
     def advise(self, record: Record) -> None:
-        """Tell the readers of a queued task where it stands."""
+        """Note where a queued task stands and why it waits, and tell its readers."""
         task = record.admitted
         if task.state is TaskState.QUEUED:
             scheduler = self.schedulers[record.route.route_id]
             record.told_position = scheduler.queue.position(task)
-            record.stream.advise("queued", frames.queued(record.told_position, scheduler.wait_reason(task)))
+            reason = scheduler.wait_reason(task)
+            record.note_wait(reason)
+            record.stream.advise("queued", frames.queued(record.told_position, reason))
 
     def _call_at(self, due: float, call: Callable[[], None]) -> asyncio.TimerHandle:
         return asyncio.get_running_loop().call_later(max(0.0, due - self.now()), call)

@@ -1,17 +1,16 @@
 """Runs one attempt: takes the prompt to the engine and the engine's tokens to the stream.
 
-It reports to the scheduler by events and returns a fault instead of raising. This is the token path: per batch of
-tokens that arrived together there is one loop turn here, and nothing else.
+It reports to the scheduler by events and returns a fault instead of raising. This is the token path: tokens that
+arrived together cost one call here, and no task is woken.
 """
 
 import asyncio
-from collections.abc import Mapping
-from contextlib import aclosing
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from llorch.domain import events as ev
 from llorch.domain.task import Attempt, Fault
-from llorch.errors import LlorchError, WorkerReset
+from llorch.errors import LlorchError
 from llorch.service.ports import Clock, Engine, Generation, Post
 from llorch.service.prompts import check_prompt
 from llorch.service.records import Record
@@ -32,34 +31,15 @@ class Runner:
         """Run the attempt to its end, or until cancelled: then return when the engine has let go of the slot."""
         engine = self._engines[attempt.replica_id]
         try:
-            await self._relay(record, attempt, engine, post)
+            order = await self._order(record, attempt, engine)
+            progress = _Progress(record, attempt, post, self._clock.monotonic)
+            record.completed = await engine.generate(order, progress.take)
+            progress.report()
         except asyncio.CancelledError:
             await engine.wait_released(attempt.slot)
         except LlorchError as error:
             return fault_of(error)
         return None
-
-    async def _relay(self, record: Record, attempt: Attempt, engine: Engine, post: Post) -> None:
-        order = await self._order(record, attempt, engine)
-        stream, route_id, clock = record.stream, record.route.route_id, self._clock.monotonic
-        pending, reported_at = 0, None
-        async with aclosing(engine.generate(order)) as batches:
-            async for batch in batches:
-                if batch.tokens:
-                    if reported_at is None:
-                        reported_at = clock()
-                        post(route_id, ev.FirstToken(attempt.task, attempt.attempt_id))
-                    stream.append_tokens(batch.tokens)
-                    pending += len(batch.tokens)
-                    if pending >= REPORT_TOKENS or clock() - reported_at > REPORT_S:
-                        post(route_id, ev.TokensProduced(attempt.task, attempt.attempt_id, pending))
-                        pending, reported_at = 0, clock()
-                if batch.completed is not None:
-                    record.completed = batch.completed
-        if pending:
-            post(route_id, ev.TokensProduced(attempt.task, attempt.attempt_id, pending))
-        if record.completed is None:
-            raise WorkerReset("the engine ended the stream without saying how")
 
     async def _order(self, record: Record, attempt: Attempt, engine: Engine) -> Generation:
         """What to ask of the engine; a prompt that could not be checked at admission is checked now."""
@@ -75,6 +55,40 @@ class Runner:
             slot=attempt.slot,
             sampling=record.route.sampling.overridden_by(submission.sampling),
         )
+
+
+class _Progress:
+    """Takes an attempt's tokens to the stream, and tells the scheduler of them now and then."""
+
+    __slots__ = ("_attempt", "_clock", "_has_begun", "_pending", "_post", "_reported_at", "_route_id", "_stream")
+
+    def __init__(self, record: Record, attempt: Attempt, post: Post, clock: Callable[[], float]) -> None:
+        self._stream = record.stream
+        self._route_id = record.route.route_id
+        self._attempt = attempt
+        self._post = post
+        self._clock = clock
+        self._has_begun = False
+        self._pending = 0
+        self._reported_at = 0.0
+
+    def take(self, texts: Sequence[str]) -> None:
+        """Tokens have come."""
+        if not self._has_begun:
+            self._has_begun = True
+            self._reported_at = self._clock()
+            self._post(self._route_id, ev.FirstToken(self._attempt.task, self._attempt.attempt_id))
+        self._stream.append_tokens(texts)
+        self._pending += len(texts)
+        if self._pending >= REPORT_TOKENS or self._clock() - self._reported_at > REPORT_S:
+            self.report()
+
+    def report(self) -> None:
+        """Tell of what has not been told yet."""
+        if self._pending:
+            self._post(self._route_id, ev.TokensProduced(self._attempt.task, self._attempt.attempt_id, self._pending))
+            self._pending = 0
+            self._reported_at = self._clock()
 
 
 def fault_of(error: LlorchError) -> Fault:

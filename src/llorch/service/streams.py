@@ -1,7 +1,7 @@
 """The stream of one task: durable frames, encoded once, for any number of readers, closed exactly once.
 
-Owns SSE framing, ids and transcripts. A token costs one encoding and, per reader, at most one wake-up for all tokens
-that arrived together; nothing a reader does reaches the engine.
+Owns SSE framing, ids and transcripts. A token costs one encoding and, per reader, one call for all tokens that arrived
+together; nothing a reader does reaches the engine.
 """
 
 import asyncio
@@ -69,7 +69,7 @@ class TaskStream:
             frames.append(b'id: %d\nevent: token\ndata: {"t":%b,"i":%d}\n\n' % (n, _encode(text), i))
             i += 1
         self._tokens = i
-        for reader in self._readers:
+        for reader in tuple(self._readers):
             reader.wake()
 
     def shut_gate(self) -> None:
@@ -85,10 +85,10 @@ class TaskStream:
         self._add(event, data)
 
     def drop_transcript(self) -> None:
-        """Give the frames back; whoever still wants to read gets StreamGone."""
+        """Give the frames back. A reader that has not taken them all is done; who joins later gets StreamGone."""
         self.is_gone = True
         self._frames = []
-        for reader in self._readers:
+        for reader in tuple(self._readers):
             reader.wake()
 
     def output(self) -> str:
@@ -98,8 +98,10 @@ class TaskStream:
 
     def advise(self, event: str, data: Any) -> None:
         """Tell present readers something of the moment: no id, never replayed, only the newest is kept."""
+        if not self._readers:
+            return
         advice = b"event: %b\ndata: %b\n\n" % (event.encode(), _encode(data))
-        for reader in self._readers:
+        for reader in tuple(self._readers):
             reader.advise(advice)
 
     def join(self, after: int, on_leave: Callable[[], None]) -> "Reader":
@@ -120,53 +122,48 @@ class TaskStream:
 
     def _add(self, event: str, data: Any) -> None:
         self._frames.append(b"id: %d\nevent: %b\ndata: %b\n\n" % (len(self._frames) + 1, event.encode(), _encode(data)))
-        for reader in self._readers:
+        for reader in tuple(self._readers):
             reader.wake()
 
 
 class Reader:
-    """One follower of a stream. `read` gives bytes for the wire until the terminal frame was given."""
+    """One follower of a stream. `take` gives bytes for the wire until the terminal frame was given.
 
-    __slots__ = ("_advice", "_on_leave", "_stream", "_swept_at", "_waiter", "cursor")
+    `on_ready` is called, at once and by whoever caused it, when there is something new to take; it must not raise.
+    """
+
+    __slots__ = ("_advice", "_on_leave", "_stream", "_swept_at", "cursor", "on_ready")
 
     def __init__(self, stream: TaskStream, after: int, on_leave: Callable[[], None]) -> None:
         self._stream = stream
         self._on_leave: Callable[[], None] | None = on_leave
         self._advice = b""
-        self._waiter: asyncio.Future[None] | None = None
         self._swept_at = -1
         self.cursor = after
+        self.on_ready: Callable[[], None] | None = None
 
     @property
     def is_done(self) -> bool:
-        """The terminal frame was given, or the reader has left: nothing will follow."""
-        return self._on_leave is None or (self._stream.is_closed and self.cursor >= self._stream.last_id)
+        """Nothing will follow: the terminal frame was given, the transcript has expired, or the reader has left."""
+        stream = self._stream
+        return (stream.is_closed and self.cursor >= stream.last_id) or self._on_leave is None
 
-    async def read(self) -> bytes:
-        """Everything that is ready now, or else the next thing that comes; empty when nothing will.
-
-        Raises StreamGone when the transcript was dropped before the reader had it all.
-        """
-        while True:
-            if self._advice or self.cursor < self._stream.last_id:
-                return self._take()
-            if self.is_done:
-                return b""
-            if self._stream.is_gone:
-                raise StreamGone
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
+    def take(self) -> bytes:
+        """Everything that is ready, in one piece; empty when nothing is."""
+        frames = self._stream.ready(self.cursor)
+        self.cursor += len(frames)
+        if self._advice:
+            frames.insert(0, self._advice)
+            self._advice = b""
+        return frames[0] if len(frames) == 1 else b"".join(frames)
 
     def wake(self) -> None:
-        """There may be something to read."""
-        waiter = self._waiter
-        if waiter is not None:
-            self._waiter = None
-            if not waiter.done():
-                waiter.set_result(None)
+        """There may be something to take."""
+        if self.on_ready is not None:
+            self.on_ready()
 
     def advise(self, advice: bytes) -> None:
-        """Give this out before the next durable frames, instead of older advice that was not read."""
+        """Give this out before the next durable frames, instead of older advice that was not taken."""
         self._advice = advice
         self.wake()
 
@@ -180,17 +177,9 @@ class Reader:
         """Stop following. Idempotent."""
         if self._on_leave is not None:
             on_leave, self._on_leave = self._on_leave, None
+            self.on_ready = None
             self._stream.leave(self)
-            self.wake()
             on_leave()
-
-    def _take(self) -> bytes:
-        advice, self._advice = self._advice, b""
-        frames = self._stream.ready(self.cursor)
-        self.cursor += len(frames)
-        if len(frames) == 1 and not advice:
-            return frames[0]
-        return advice + b"".join(frames)
 
 
 class OpenReaders:

@@ -216,9 +216,6 @@ class Tasks:
         def wall(at: float | None) -> float | None:
             return None if at is None else record.accepted_wall + (at - task.accepted_at)
 
-        if task.state is TaskState.QUEUED:
-            reason = self._dispatcher.schedulers[record.route.route_id].wait_reason(task)
-            record.note_wait(reason)
         return Timeline(
             accepted_at=record.accepted_wall,
             started_at=wall(task.started_at),

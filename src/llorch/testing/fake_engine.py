@@ -27,6 +27,8 @@ from llorch.testing.fake_generation import Faults, Run, Seen
 __all__ = ["FakeEngine", "Faults", "Seen"]
 
 _RECORDS_MAX: Final = 50_000
+_ACCEPT_PASSES: Final = 4
+"""Passes of the event loop after which a connection that was accepted has told its protocol so."""
 
 
 class FakeEngine:
@@ -83,12 +85,17 @@ class FakeEngine:
         server, self._server = self._server, None
         if server is not None:
             server.close()
+        self.faults = Faults(refuse=True)
+        for _ in range(_ACCEPT_PASSES):
+            await asyncio.sleep(0)
         for connection in list(self.connections):
             connection.abort()
         for run in [*self._busy.values(), *self._waiting]:
             run.stop_timer()
         if server is not None:
             await server.wait_closed()
+        while self.connections:
+            await asyncio.sleep(0)
 
     async def __aenter__(self) -> Self:
         await self.start()

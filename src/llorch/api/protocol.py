@@ -1,0 +1,68 @@
+"""The connection as uvicorn's parser sees it, with the edge's answer to what never becomes a request.
+
+Malformed HTTP, a header section without end and a connection too many wear the one envelope like every other error.
+"""
+
+import asyncio
+from typing import Any
+
+from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from llorch.api.correlation import Correlation
+from llorch.api.problems import Problems, raw_response
+from llorch.errors import LlorchError, PayloadTooLarge, PoolUnavailable, SchemaFault
+
+
+class Protocol(HttpToolsProtocol):
+    """One connection. `header_bytes` bounds what is read of a header section, `connections` how many may be open.
+
+    Given to uvicorn as `http=functools.partial(Protocol, header_bytes=…, connections=…)`.
+    """
+
+    def __init__(self, *args: Any, header_bytes: int, connections: int | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._header_bytes = header_bytes
+        self._most = connections
+        self._header_size = 0
+        self._is_in_headers = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
+        """Let it in, or answer all that it asks with a refusal."""
+        super().connection_made(transport)
+        if self._most is not None and len(self.connections) > self._most:
+            self.app = _crowded
+
+    def data_received(self, data: bytes) -> None:
+        """Parse; a header section that is still open is bounded as it grows, its pieces not yet being headers."""
+        super().data_received(data)
+        if self._is_in_headers:
+            self._header_size += len(data)
+            if self._header_size > self._header_bytes and not self.transport.is_closing():
+                self._refuse(PayloadTooLarge(f"the headers exceed {self._header_bytes} bytes"))
+
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        super().on_message_begin()
+        self._is_in_headers = True
+        self._header_size = 0
+
+    def on_headers_complete(self) -> None:
+        """What follows is body."""
+        self._is_in_headers = False
+        super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """The parser gave up."""
+        self._refuse(SchemaFault(msg))
+
+    def _refuse(self, error: LlorchError) -> None:
+        self.transport.write(raw_response(error))
+        self.transport.close()
+
+
+async def _refuse_crowd(_scope: Scope, _receive: Receive, _send: Send) -> None:
+    raise PoolUnavailable("too many connections are open", policy_label="connections")
+
+
+_crowded = Correlation(Problems(_refuse_crowd))

@@ -1,0 +1,150 @@
+"""An engine inside the test's process: a `service.ports.Engine` that does what the test says, token by token.
+
+It speaks no protocol; the FakeEngine of `llorch.testing.fake_engine` is the one over HTTP.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+
+from llorch.service.ports import Batch, Completed, EngineFacts, Generation, Message, Usage
+
+
+class Gate:
+    """Lets through, or holds back until it is opened again."""
+
+    def __init__(self) -> None:
+        self._open = asyncio.Event()
+        self._open.set()
+        self.entered = 0
+
+    def shut(self) -> None:
+        """Whoever comes now waits."""
+        self._open.clear()
+
+    def open(self) -> None:
+        """Let everybody through."""
+        self._open.set()
+
+    async def passage(self) -> None:
+        """Return when the gate is open."""
+        self.entered += 1
+        await self._open.wait()
+
+
+class FakeGeneration:
+    """One generation under way: the test sends what the engine would produce. Iterates once."""
+
+    def __init__(self, order: Generation) -> None:
+        self.order = order
+        self.is_closed = False
+        self.sent: list[str] = []
+        self._batches: asyncio.Queue[Batch | Exception | None] = asyncio.Queue()
+
+    def send(self, *tokens: str) -> None:
+        """Tokens that arrive together."""
+        self.sent += tokens
+        self._batches.put_nowait(Batch(tokens))
+
+    def finish(self, reason: str = "length", *, tokens: Iterable[str] = ()) -> None:
+        """The last batch, with `tokens` in it."""
+        last = tuple(tokens)
+        self.sent += last
+        usage = Usage(prompt_tokens=len(self.order.prompt), completion_tokens=len(self.sent), cached_tokens=None)
+        self._batches.put_nowait(Batch(last, Completed(reason, usage)))
+        self._batches.put_nowait(None)
+
+    def fail(self, error: Exception) -> None:
+        """The engine, or the adapter itself, fails here."""
+        self._batches.put_nowait(error)
+
+    def break_off(self) -> None:
+        """The answer ends without its last word."""
+        self._batches.put_nowait(None)
+
+    async def __aiter__(self) -> AsyncIterator[Batch]:
+        while (batch := await self._batches.get()) is not None:
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
+
+    async def aclose(self) -> None:
+        """The consumer has no more use for it."""
+        self.is_closed = True
+
+
+class FakeEnginePort:
+    """One replica. With `answer` every generation gives these tokens at once; without, it waits for the test.
+
+    `releasing`, `counting` and `probing` are gates before wait_released, the tokenizer and the health check. A fault
+    set as `health`, `tokenizer` or `start` is raised there. `count` counts the tokens of a text.
+    """
+
+    def __init__(self, *, slots: int | None = 1, ctx: int | None = 4096, answer: Sequence[str] | None = None) -> None:
+        self.facts = EngineFacts(slots, ctx, engine_version="v1", model_digest="sha256:aa", model_name="m")
+        self.answer = answer
+        self.generations: list[FakeGeneration] = []
+        self.released: list[int] = []
+        self.probes = 0
+        self.is_closed = False
+        self.count: Callable[[str], int] = lambda text: len(text.split())
+        self.health: Exception | None = None
+        self.tokenizer: Exception | None = None
+        self.start: Exception | None = None
+        self.releasing, self.counting, self.probing = Gate(), Gate(), Gate()
+        self._news = asyncio.Event()
+
+    def generate(self, generation: Generation) -> FakeGeneration:
+        """Begin a generation that the test can reach."""
+        begun = FakeGeneration(generation)
+        self.generations.append(begun)
+        if self.start is not None:
+            begun.fail(self.start)
+        elif self.answer is not None:
+            begun.finish(tokens=self.answer)
+        self._news.set()
+        return begun
+
+    async def generation(self, number: int) -> FakeGeneration:
+        """The generation with this number (from 0), once it has begun."""
+        while len(self.generations) <= number:
+            self._news.clear()
+            await self._news.wait()
+        return self.generations[number]
+
+    async def check_health(self) -> None:
+        """Healthy unless `health` says otherwise."""
+        self.probes += 1
+        await self.probing.passage()
+        if self.health is not None:
+            raise self.health
+
+    async def read_facts(self) -> EngineFacts:
+        """Whatever `facts` is."""
+        return self.facts
+
+    async def wait_released(self, slot: int) -> None:
+        """Wait at the gate `releasing`, then note the slot."""
+        await self.releasing.passage()
+        self.released.append(slot)
+
+    async def count_busy_slots(self) -> int | None:
+        """Generations that are not closed."""
+        return sum(not generation.is_closed for generation in self.generations)
+
+    async def count_tokens(self, text: str) -> int:
+        """As `count` says, behind the gate `counting`."""
+        await self.counting.passage()
+        if self.tokenizer is not None:
+            raise self.tokenizer
+        return self.count(text)
+
+    async def render_messages(self, messages: Sequence[Message]) -> str:
+        """A line for each message; behind the gate `counting`."""
+        await self.counting.passage()
+        if self.tokenizer is not None:
+            raise self.tokenizer
+        return "".join(f"<{message.role}> {message.content}\n" for message in messages)
+
+    async def aclose(self) -> None:
+        """Remember it."""
+        self.is_closed = True

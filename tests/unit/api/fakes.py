@@ -1,0 +1,238 @@
+"""In-memory use cases behind the edge, and a real HTTP server in front of it."""
+
+import socket
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from llorch.api.asgi import build_api
+from llorch.api.auth import KeyRecord, new_key
+from llorch.api.protocol import Protocol
+from llorch.domain.pool import ReplicaState
+from llorch.domain.task import Cohort, Priority, TaskState, WaitReason
+from llorch.errors import NotFound
+from llorch.service.inventory import Fact, LastError, PoolView, ReplicaHealth, ReplicaSetView
+from llorch.service.limits import Limits
+from llorch.service.routes import Route, Routes
+from llorch.service.streams import Reader, TaskStream
+from llorch.service.submission import Acceptance, Placement, SessionView, Submission, TaskView, Timeline
+
+TASK = "6f1d0c5e-3b52-4f6b-9a51-0c8f5f6d2a10"
+SESSION = "0b9f5a6c-77de-4c51-8f0e-5a3c2e1d4b60"
+DIGEST = "sha256:" + "b" * 64
+
+ROUTE = Route(
+    route_id="r",
+    engine="llamacpp",
+    model="smol",
+    quant="Q8_0",
+    ctx=2048,
+    sampler_profile_version="v1",
+    allow_cpu=True,
+    features=frozenset({"prompt", "messages", "grammar"}),
+)
+
+
+def replica(
+    replica_id: str = "small/0", *, state: ReplicaState = ReplicaState.READY, error_at: float | None = None
+) -> ReplicaHealth:
+    return ReplicaHealth(
+        replica_id=replica_id,
+        pool_id="small",
+        state=state,
+        slots=2,
+        slots_busy=1,
+        engine_version=Fact("b6500", "measured"),
+        model_digest=Fact(None, "unverified"),
+        is_exact=False,
+        last_error=None if error_at is None else LastError("POOL_UNREADY", f"refused at {error_at}", error_at),
+    )
+
+
+def pool(*replicas: ReplicaHealth, notice: str | None = "CPU demonstration") -> PoolView:
+    return PoolView(
+        pool_id="small",
+        route=ROUTE,
+        allow_cpu=True,
+        notice=notice,
+        capacity={Priority.INTERACTIVE: 64, Priority.BATCH: 32},
+        depth={Priority.INTERACTIVE: 3, Priority.BATCH: 0},
+        is_draining=False,
+        replicas=replicas,
+    )
+
+
+def task_view(state: TaskState = TaskState.RUNNING, **changes: object) -> TaskView:
+    fields: dict[str, object] = {
+        "task_id": TASK,
+        "session_id": SESSION,
+        "state": state,
+        "workload": "completion",
+        "priority": Priority.INTERACTIVE,
+        "model_ref": "smol",
+        "engine": "llamacpp",
+        "strict": False,
+        "seed": 42,
+        "max_tokens": 16,
+        "deadline_ms": None,
+        "labels": {"app": "docs"},
+        "correlation_id": "req-1",
+        "timeline": Timeline(1763871900.123, 1763871900.363, None, None, 240, (WaitReason.SLOTS_BUSY,), 2),
+        "placement": Placement("small", "small/0", 71, None, None),
+        "queue_position": None,
+        "output": None,
+        "finish_reason": None,
+        "usage": None,
+        "fault": None,
+    }
+    return TaskView(**(fields | changes))  # type: ignore[arg-type]
+
+
+class FakeTasks:
+    """Accepts everything, remembers it, and has one stream per (tenant, task_id)."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.submissions: list[Submission] = []
+        self.correlation_ids: list[str] = []
+        self.canceled: list[tuple[str, str]] = []
+        self.listed: list[dict[str, object]] = []
+        self.followed: list[int] = []
+        self.streams: dict[tuple[str, str], TaskStream] = {}
+        self.left = 0
+        self.on_leave: Callable[[], None] = lambda: None
+        self.failure: Exception | None = None
+
+    async def submit(self, submission: Submission, correlation_id: str) -> Acceptance:
+        if self.failure is not None:
+            raise self.failure
+        self.submissions.append(submission)
+        self.correlation_ids.append(correlation_id)
+        return Acceptance(submission.task_id, submission.session_id, TaskState.QUEUED, 3)
+
+    async def cancel(self, tenant: str, task_id: str) -> None:
+        self.canceled.append((tenant, task_id))
+
+    def get(self, tenant: str, task_id: str) -> TaskView:
+        if self.failure is not None:
+            raise self.failure
+        return task_view(task_id=task_id)
+
+    def list(
+        self, tenant: str, *, state: TaskState | None, session_id: str | None, limit: int, cursor: str | None
+    ) -> tuple[Sequence[TaskView], str | None]:
+        self.listed.append(
+            {"tenant": tenant, "state": state, "session_id": session_id, "limit": limit, "cursor": cursor}
+        )
+        return [task_view()], "AAAAAAAAAA8"
+
+    def follow(self, tenant: str, task_id: str, after: int) -> Reader | None:
+        self.followed.append(after)
+        stream = self.streams.get((tenant, task_id))
+        if stream is None:
+            raise NotFound
+        if stream.is_closed and after == stream.last_id:
+            return None
+        return stream.join(after, self._leave)
+
+    def _leave(self) -> None:
+        self.left += 1
+        self.on_leave()
+
+
+class FakeSessions:
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.deleted: list[tuple[str, str]] = []
+
+    def get(self, tenant: str, session_id: str) -> SessionView:
+        return SessionView(session_id=session_id, ttl_ms_remaining=1000, turns=2, turns_max=8)
+
+    async def delete(self, tenant: str, session_id: str) -> None:
+        self.deleted.append((tenant, session_id))
+
+
+class FakePools:
+    def __init__(self) -> None:
+        self.routes = Routes([ROUTE])
+        self.reset()
+
+    def reset(self) -> None:
+        self.pools: Sequence[PoolView] = (pool(replica()),)
+
+    def list(self) -> Sequence[PoolView]:
+        return self.pools
+
+    def get(self, pool_id: str) -> PoolView:
+        for view in self.pools:
+            if view.pool_id == pool_id:
+                return view
+        raise NotFound
+
+    def replica_sets(self) -> Sequence[ReplicaSetView]:
+        return [ReplicaSetView(ROUTE, Cohort("b6500", DIGEST, exact=True), self.pools[0].replicas, 3)]
+
+    def count_ready(self) -> int:
+        return sum(r.state is ReplicaState.READY for view in self.pools for r in view.replicas)
+
+
+class Edge:
+    """A whole edge over fakes, with the keys `admin`, `data`, `control` and `batch` (no interactive) unless keyless."""
+
+    def __init__(self, *, is_keyless: bool = False) -> None:
+        self.tasks, self.sessions, self.pools = FakeTasks(), FakeSessions(), FakePools()
+        self.is_shutting_down = False
+        self.keys: dict[str, str] = {}
+        records = () if is_keyless else self._make_keys()
+        self.app = build_api(
+            tasks=self.tasks,
+            sessions=self.sessions,
+            pools=self.pools,
+            limits=Limits(body_bytes=4096, header_bytes=2048),
+            metrics_text=lambda: b"tasks_enqueued_total 1.0\n",
+            keys=records,
+            is_shutting_down=lambda: self.is_shutting_down,
+        )
+
+    def reset(self) -> None:
+        """As if nothing had happened yet."""
+        self.tasks.reset()
+        self.sessions.reset()
+        self.pools.reset()
+        self.is_shutting_down = False
+
+    def bearer(self, name: str) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.keys[name]}"}
+
+    def _make_keys(self) -> Sequence[KeyRecord]:
+        wanted = [("admin", {"admin"}), ("data", {"data"}), ("control", {"control"}), ("batch", {"data"})]
+        records = []
+        for name, scopes in wanted:
+            self.keys[name], sha256 = new_key()
+            priorities = frozenset({Priority.BATCH}) if name == "batch" else frozenset(Priority)
+            records.append(KeyRecord(name, sha256, f"tenant-{name}", frozenset(scopes), priorities))
+        return records
+
+
+@asynccontextmanager
+async def serving(app: ASGIApp, *, connections: int | None = None) -> AsyncIterator[int]:
+    """The app on a real uvicorn at a free port of 127.0.0.1, in this event loop."""
+    protocol: Any = partial(Protocol, header_bytes=8192, connections=connections)
+    config = uvicorn.Config(app, http=protocol, ws="none", lifespan="on", access_log=False, log_config=None)
+    config.load()
+    server = uvicorn.Server(config)
+    server.lifespan = config.lifespan_class(config)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        await server.startup(sockets=[listener])
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            await server.shutdown(sockets=[listener])

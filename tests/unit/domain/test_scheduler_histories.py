@@ -1,0 +1,209 @@
+"""Random histories of a route: after every event nothing is lost, doubled, overtaken or overfilled."""
+
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+
+from llorch.domain import events as ev
+from llorch.domain.ledger import Ledger, SessionLimits
+from llorch.domain.pool import Replica, ReplicaState
+from llorch.domain.scheduler import RoutePolicy, Scheduler
+from llorch.domain.task import Cohort, Fault, Priority, TaskKey, TaskSpec, TaskState
+from llorch.errors import DecodeTimeout, Internal, InvalidParams, PoolUnready, WorkerReset
+from tests.unit.domain.history_model import Model
+
+WALL_S, GRACE_S, TTL_S, TURNS = 40.0, 10.0, 60.0, 20
+CAPACITY = {Priority.INTERACTIVE: 3, Priority.BATCH: 4}
+NAMES = st.sampled_from([("acme", f"t{number}") for number in range(20)] + [("other", "t0"), ("other", "t1")])
+SESSIONS = st.sampled_from([f"s{number}" for number in range(6)])
+FAULTS = st.sampled_from([None, None, WorkerReset, WorkerReset, WorkerReset, PoolUnready, DecodeTimeout, InvalidParams, Internal])
+STATES = st.sampled_from([*ReplicaState, *[ReplicaState.READY] * 12])
+REPLICAS = st.tuples(st.integers(1, 3), st.booleans())
+INDEX = st.integers(0, 10_000)
+WISHES = st.fixed_dictionaries(
+    {
+        "session": SESSIONS,
+        "priority": st.sampled_from(Priority),
+        "strict": st.booleans(),
+        "deadline_s": st.none() | st.integers(0, 30).map(float),
+        "abort_late": st.booleans(),
+        "cancel_unread": st.booleans(),
+    }
+)
+
+SHORT = settings(
+    max_examples=40, stateful_step_count=50, derandomize=True, database=None, deadline=None,
+    suppress_health_check=list(HealthCheck),
+)  # fmt: skip
+LONG = settings(SHORT, max_examples=4000, stateful_step_count=150)
+
+
+class Histories(RuleBasedStateMachine):
+    """Every rule is an event that the dispatcher may post, or a stale or doubled one that it should survive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ledger = Ledger(SessionLimits(ttl_s=TTL_S, turns=TURNS))
+        self.scheduler = Scheduler(RoutePolicy(CAPACITY, WALL_S, GRACE_S, attempts=3), self.ledger)
+        self.model = Model(capacity=CAPACITY)
+        self.now = 0.0
+
+    def post(self, event: ev.Event) -> list[ev.Command]:
+        self.model.take(event)
+        commands = self.scheduler.handle(event, self.now)
+        self.model.follow(event, commands, self.now)
+        self.scheduler.check_invariants()
+        self.model.check(self.ledger, self.now)
+        assert self.scheduler.tasks == self.model.live
+        if not isinstance(event, ev.FirstToken | ev.TokensProduced | ev.FollowerJoined | ev.FollowerLeft):
+            self.model.check_time(self.now, WALL_S)
+            wakeup = self.scheduler.next_wakeup()
+            assert wakeup is None or wakeup > self.now
+        return commands
+
+    @initialize(fleet=st.lists(REPLICAS, min_size=1, max_size=3))
+    def configure(self, fleet: list[tuple[int, bool]]) -> None:
+        for number, (slots, is_exact) in enumerate(fleet):
+            self.post(ev.ReplicaChanged(Replica(f"r{number}", "pool", slots, Cohort("v1", None, exact=is_exact))))
+        for number in range(len(fleet)):
+            self.change(number, ReplicaState.READY, "v1")
+
+    @rule(index=INDEX, state=STATES, version=st.sampled_from(["v1", "v1", "v1", "v2"]))
+    def change(self, index: int, state: ReplicaState, version: str) -> None:
+        known = list(self.model.replicas.values())[index % len(self.model.replicas)]
+        cohort = Cohort(version, None, exact=known.cohort.exact)
+        self.post(ev.ReplicaChanged(Replica(known.replica_id, "pool", known.slots, cohort, state)))
+
+    @rule(wishes=st.lists(WISHES, min_size=1, max_size=6))
+    def submit(self, wishes: list[dict[str, Any]]) -> None:
+        for wish in wishes:
+            self.submit_one(**wish)
+
+    @rule(key=NAMES, wish=WISHES)
+    def submit_under_an_old_name(self, key: TaskKey, wish: dict[str, Any]) -> None:
+        if key not in self.model.live:  # whoever posts has looked whether it is there
+            self.submit_one(**wish, key=key)
+
+    def submit_one(self, session: str, key: TaskKey | None = None, **wishes: Any) -> None:
+        key = key or ("acme", f"t{len(self.model.admitted)}")
+        if key in self.model.live:
+            return
+        spec = TaskSpec(key=key, session=(key[0], session), max_tokens=8, expected_tokens=8, **wishes)
+        before = self._footprint(spec)
+        commands = self.post(ev.TaskSubmitted(spec))
+        if any(isinstance(command, ev.Reject) for command in commands):
+            assert not any(isinstance(command, ev.Admit) for command in commands)
+            assert self._footprint(spec) == before, "a refused submission changed something"
+        else:
+            assert isinstance(commands[0], ev.Admit)
+
+    def _footprint(self, spec: TaskSpec) -> object:
+        session = self.ledger.sessions.get(spec.session, self.now)
+        turns = None if session is None else (session.turns, session.expires_at)
+        return turns, len(self.ledger.sessions), spec.key in self.scheduler.tasks, len(self.model.admitted)
+
+    @rule(key=NAMES)
+    def cancel(self, key: TaskKey) -> None:
+        task = self.model.live.get(key)
+        bystanders = {k: (t.state, t.attempt) for k, t in self.model.live.items() if k != key}
+        commands = self.post(ev.CancelRequested(key))
+        if task is None:
+            assert not any(isinstance(c, ev.Abort) and c.attempt.task == key for c in commands)
+            return
+        assert task.state is TaskState.CANCELED
+        for other, (state, attempt) in bystanders.items():
+            if state is TaskState.RUNNING and (now := self.model.live.get(other)) is not None:
+                assert now.attempt is attempt
+
+    @precondition(lambda self: self.model.runs)
+    @rule(index=INDEX, kind=FAULTS)
+    def end_attempt(self, index: int, kind: Any) -> None:
+        attempt_id = sorted(self.model.runs)[index % len(self.model.runs)]
+        fault = None if kind is None else Fault(kind, "drawn")
+        self.post(ev.AttemptEnded(self.model.runs[attempt_id].task.key, attempt_id, fault))
+
+    @precondition(lambda self: self.model.ended)
+    @rule(index=INDEX, kind=FAULTS)
+    def end_attempt_again(self, index: int, kind: Any) -> None:
+        attempt_id = sorted(self.model.ended)[index % len(self.model.ended)]
+        fault = None if kind is None else Fault(kind, "stale")
+        self.post(ev.AttemptEnded(self.model.ended[attempt_id].task.key, attempt_id, fault))
+
+    @precondition(lambda self: self.model.runs)
+    @rule(index=INDEX, count=st.integers(1, 3))
+    def produce(self, index: int, count: int) -> None:
+        attempt_id = sorted(self.model.runs)[index % len(self.model.runs)]
+        run = self.model.runs[attempt_id]
+        assert self.post(ev.FirstToken(run.task.key, attempt_id)) == []
+        before = run.task.tokens_out
+        assert self.post(ev.TokensProduced(run.task.key, attempt_id, count)) == []
+        assert run.task.tokens_out == before + (0 if run.is_aborted else count)
+
+    @precondition(lambda self: self.model.ended)
+    @rule(index=INDEX)
+    def produce_after_the_end(self, index: int) -> None:
+        attempt_id = sorted(self.model.ended)[index % len(self.model.ended)]
+        task = self.model.ended[attempt_id].task
+        before = (task.tokens_out, task.first_token_at)
+        self.post(ev.FirstToken(task.key, attempt_id))
+        self.post(ev.TokensProduced(task.key, attempt_id, 5))
+        assert (task.tokens_out, task.first_token_at) == before
+
+    @rule(key=NAMES)
+    def join(self, key: TaskKey) -> None:
+        self.post(ev.FollowerJoined(key))
+
+    @rule(key=NAMES)
+    def leave(self, key: TaskKey) -> None:
+        self.post(ev.FollowerLeft(key))
+        task = self.model.live.get(key)
+        assert task is None or task.readers >= 0
+
+    @rule(tenant=st.sampled_from(["acme", "other"]), session=SESSIONS)
+    def delete_session(self, tenant: str, session: str) -> None:
+        self.post(ev.SessionDeleted((tenant, session)))
+        assert not [t for t in self.model.live.values() if t.spec.session == (tenant, session)]
+
+    @rule(seconds=st.floats(0.0, 5.0), is_ticked=st.booleans())
+    def pass_time(self, seconds: float, is_ticked: bool) -> None:
+        self.now += seconds
+        if is_ticked:
+            self.post(ev.Tick())
+
+    @rule()
+    def wake_up(self) -> None:
+        self.now = max(self.now, self.scheduler.next_wakeup() or self.now)
+        self.post(ev.Tick())
+
+    @precondition(lambda self: len(self.model.admitted) > 40)
+    @rule(grace_s=st.sampled_from([0.0, 5.0]))
+    def shut_down(self, grace_s: float) -> None:
+        self.post(ev.ShutdownRequested(grace_s))
+
+    def teardown(self) -> None:
+        """Every history can be brought to an end, and then each admitted task has ended once and nothing is held."""
+        if not self.model.replicas:
+            return
+        self.post(ev.ShutdownRequested(0.0))
+        assert not self.model.live
+        for attempt_id, run in list(self.model.runs.items()):
+            assert run.is_aborted
+            self.post(ev.AttemptEnded(run.task.key, attempt_id, None))
+        assert self.model.finishes == {task.order: 1 for task in self.model.admitted}
+        assert self.ledger.leases() == []
+        assert not self.scheduler.attempts
+        assert not self.scheduler.sessions
+        assert self.scheduler.next_wakeup() is None
+
+
+def test_any_history_of_events_keeps_what_was_promised() -> None:
+    """ORCH-3004, 3008, 3010, 3080, 3112, 3116..3118, 3140..3149, OC-CORE-1003; peer_bug_01..03, 05, 06, 11, 24."""
+    run_state_machine_as_test(Histories, settings=SHORT)
+
+
+@pytest.mark.prove
+def test_any_long_history_of_events_keeps_what_was_promised() -> None:
+    run_state_machine_as_test(Histories, settings=LONG)
