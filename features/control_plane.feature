@@ -23,8 +23,8 @@ Feature: Control plane
 
   @ORCH-3095 @ORCH-3096
   Scenario: Capabilities name what is served and nothing else
-    Then the capabilities list the routes solo, duo and tiny with the workload completion only
-    And only tiny has allow_cpu, in pools, health and capabilities
+    Then the capabilities list the routes solo, duo, tiny and smollm2 with the workload completion only
+    And only tiny and smollm2 have allow_cpu, in pools, health and capabilities
 
   @ORCH-2103
   Scenario: A pool that is not there

@@ -67,31 +67,32 @@ def step_all_ready(context: Context, pool: str) -> None:
     assert {replica["state"] for replica in replicas} == {"ready"}, replicas
 
 
-@then("the capabilities list the routes solo, duo and tiny with the workload completion only")
+@then("the capabilities list the routes solo, duo, tiny and smollm2 with the workload completion only")
 def step_capabilities(context: Context) -> None:
     capabilities = _get(context, "/v1/capabilities")
     schema("Capabilities", "control").validate(capabilities)
     routes = {route["model"]: route for route in capabilities["routes"]}
-    assert list(routes) == ["solo", "duo", "tiny"], routes
+    assert list(routes) == ["solo", "duo", "tiny", "smollm2"], routes
     assert all(route["workloads"] == ["completion"] for route in routes.values()), routes
     assert routes["solo"]["determinism"] == ["exact"], routes
     assert routes["duo"]["determinism"] == ["best_effort"], routes
-    assert routes["tiny"]["ctx_max"] == 8192, routes
+    assert routes["tiny"]["ctx_max"] == 2048, routes
     limits = capabilities["limits"]
     assert (limits["session_turns"], limits["disconnect_grace_ms"], limits["body_bytes"]) == (3, 500, 65_536), limits
 
 
-@then("only {pool:Model} has allow_cpu, in pools, health and capabilities")
-def step_allow_cpu(context: Context, pool: str) -> None:
+@then("only {pool:Model} and {other:Model} have allow_cpu, in pools, health and capabilities")
+def step_allow_cpu(context: Context, pool: str, other: str) -> None:
+    on_cpu = {pool, other}
     pools = {each["id"]: each for each in _get(context, "/v1/pools")["pools"]}
-    assert {name for name, each in pools.items() if each["allow_cpu"]} == {pool}
-    assert {name for name, each in pools.items() if each["notice"] is not None} == {pool}
+    assert {name for name, each in pools.items() if each["allow_cpu"]} == on_cpu
+    assert {name for name, each in pools.items() if each["notice"] is not None} == on_cpu
     capabilities = _get(context, "/v1/capabilities")
-    assert {route["model"] for route in capabilities["routes"] if route["allow_cpu"]} == {pool}
-    [notice] = capabilities["notices"]
-    assert pool in notice, notice
-    [replica] = context.world.deployment.caller("the operator").health(pool)["replicas"]
-    assert replica["allow_cpu"] is True
+    assert {route["model"] for route in capabilities["routes"] if route["allow_cpu"]} == on_cpu
+    assert len(capabilities["notices"]) == 2, capabilities
+    for name, each in pools.items():
+        [replica] = context.world.deployment.caller("the operator").health(name)["replicas"]
+        assert replica["allow_cpu"] is each["allow_cpu"], replica
 
 
 @then("the log, the pools, the health, the capabilities and the metrics tell of allow_cpu")

@@ -309,6 +309,13 @@ def step_not_found(context: Context, who: str, name: str) -> None:
     assert response.status_code == 404, response.text
 
 
+@then('"{name:Name}" is succeeded with all of its {count:d} tokens')
+def step_all_tokens(context: Context, name: str, count: int) -> None:
+    world = context.world
+    task = world.deployment.caller(world.owners[name]).wait_state(world.ids[name], *FINAL, within_s=60)
+    assert (task["state"], task["usage"]["completion_tokens"]) == ("succeeded", count), task
+
+
 @then('"{name:Name}" is there for whoever asks, with any key')
 def step_local(context: Context, name: str) -> None:
     http = context.world.deployment.caller("Alice").http

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
+import pytest_asyncio
 
 from llorch.adapters.http import Timeouts
 from llorch.adapters.llamacpp import SEED_MAX, LlamaCppEngine
@@ -95,9 +96,9 @@ async def wait_idle(engine: LlamaCppEngine, bound_s: float = 10.0) -> float:
 
 
 class EngineSuite:
-    """The promises; `engine` is a client of `target`, both given by the subclass or by the fixtures here."""
+    """The promises. `engine` is a client of `target`; `victim` is a target that a test may kill."""
 
-    @pytest.fixture
+    @pytest_asyncio.fixture(loop_scope="module")
     async def engine(self, target: Target) -> AsyncIterator[LlamaCppEngine]:
         engine = target.connect()
         await wait_idle(engine)
@@ -216,11 +217,11 @@ class EngineSuite:
         _, again = await collect(engine, order(LONG_PROMPT, max_tokens=2, strict=True))
         assert cold.usage.cached_tokens == again.usage.cached_tokens == 0
 
-    async def test_engine_killed_while_decoding_is_worker_reset(self, target: Target) -> None:
-        engine = target.connect()
+    async def test_engine_killed_while_decoding_is_worker_reset(self, victim: Target) -> None:
+        engine = victim.connect()
         run = Run(engine, order(max_tokens=ENDLESS))
         await run.first_token()
-        await target.kill()
+        await victim.kill()
         with pytest.raises(WorkerReset) as caught:
             await run.task
         assert caught.value.engine == "llamacpp"

@@ -7,6 +7,7 @@ import socket
 from collections.abc import AsyncIterator
 
 import pytest
+import pytest_asyncio
 
 from llorch.adapters.http import Timeouts
 from llorch.errors import DecodeTimeout, LlorchError, PoolUnready, WorkerReset
@@ -16,18 +17,41 @@ from llorch.testing.fake_engine import FakeEngine, Faults
 from tests.conformance.engine_process import launch_tiny
 from tests.conformance.engine_suite import CTX, EngineSuite, Run, Target, collect, order, wait_idle
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def process() -> AsyncIterator[EngineProcess]:
+    """One engine for all tests that leave it as they found it."""
+    async with launch_tiny(ctx=CTX, alias="conformance") as process:
+        yield process
+
+
+def target_of(process: EngineProcess) -> Target:
+    """The process as the suite needs it."""
+
+    async def kill() -> None:
+        os.kill(process.pid or 0, signal.SIGKILL)
+        await process.wait()
+
+    return Target(url=process.url, api_key=process.api_key, kill=kill)
+
 
 class TestFakeEngine(EngineSuite):
     """The double keeps the same promises as the engine that it stands for."""
 
-    @pytest.fixture
+    @pytest_asyncio.fixture(loop_scope="module")
     async def fake(self) -> AsyncIterator[FakeEngine]:
         async with FakeEngine(ctx=CTX, model="conformance", prefill_interval_s=0.02, token_interval_s=0.001) as fake:
             yield fake
 
     @pytest.fixture
-    async def target(self, fake: FakeEngine) -> Target:
+    def target(self, fake: FakeEngine) -> Target:
         return Target(url=fake.url, api_key=None, kill=fake.aclose)
+
+    @pytest.fixture
+    def victim(self, target: Target) -> Target:
+        return target
 
     async def test_engine_that_never_answers_is_decode_timeout(self, target: Target, fake: FakeEngine) -> None:
         fake.faults = Faults(stall=True)
@@ -47,20 +71,16 @@ class TestFakeEngine(EngineSuite):
 
 
 class TestLlamaCpp(EngineSuite):
-    """The real server. Each test has its own process only where it harms it."""
+    """The real server."""
 
     @pytest.fixture
-    async def process(self) -> AsyncIterator[EngineProcess]:
+    def target(self, process: EngineProcess) -> Target:
+        return target_of(process)
+
+    @pytest_asyncio.fixture(loop_scope="module")
+    async def victim(self) -> AsyncIterator[Target]:
         async with launch_tiny(ctx=CTX, alias="conformance") as process:
-            yield process
-
-    @pytest.fixture
-    async def target(self, process: EngineProcess) -> Target:
-        async def kill() -> None:
-            os.kill(process.pid or 0, signal.SIGKILL)
-            await process.wait()
-
-        return Target(url=process.url, api_key=process.api_key, kill=kill)
+            yield target_of(process)
 
     async def test_engine_that_never_answers_is_decode_timeout(self, target: Target, process: EngineProcess) -> None:
         engine = target.connect(Timeouts(first_byte_s=0.2))

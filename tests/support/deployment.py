@@ -2,14 +2,18 @@
 
 import tempfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
+from llorch.launch.model_file import locate_demo_model
 from tests.support.driver import Caller
 from tests.support.engines import FakeEngineProcess, LlamaCppProcess
 from tests.support.identities import ALICE, BATCHER, BOB, WATCHER, Identity
-from tests.support.processes import wait_for
+from tests.support.processes import Process, wait_for
 from tests.support.service import LlorchProcess, make_config, make_pool
+
+Started = TypeVar("Started", bound=Process)
 
 PEOPLE = {"Alice": ALICE, "Bob": BOB, "the batch key": BATCHER, "the operator": WATCHER}
 
@@ -75,46 +79,51 @@ class Deployment:
                 engine.wait_running(0)
 
     def stop(self) -> None:
-        """End everything; raises AssertionError when the server did not end well."""
+        """End the server; raises AssertionError when it did not end well, now or when a journey ended it."""
         for caller in self._callers.values():
             caller.close()
-        try:
-            if self.service.status is None:
-                self.service.stop()
-        finally:
-            for engine in self.engines.values():
-                engine.end()
+        self.service.stop()
 
 
-def start_main(directory: Path) -> Deployment:
-    """Pools `solo` (one held slot, room for two), `duo` (two slots), and `tiny`, a genuine llama.cpp with two."""
-    solo = FakeEngineProcess(directory / "solo.log", model="solo")
-    duo = FakeEngineProcess(directory / "duo.log", model="duo", slots=2)
-    tiny = LlamaCppProcess(directory / "tiny.log", slots=2, ctx=8192)
+def start_main(directory: Path, ends: ExitStack) -> Deployment:
+    """Pools `solo` (one slot, room for two to wait) and `duo` (two slots) of FakeEngines; `tiny` (two slots) and `smollm2`
+    (one) of the genuine llama.cpp."""
+    solo = started(ends, FakeEngineProcess(directory / "solo.log", model="solo"))
+    duo = started(ends, FakeEngineProcess(directory / "duo.log", model="duo", slots=2))
+    tiny = started(ends, LlamaCppProcess(directory / "tiny.log", slots=2, ctx=2048))
+    smollm2 = started(ends, LlamaCppProcess(directory / "smollm2.log", locate_demo_model(), ctx=2048))
     pools = [
         make_pool(solo, queue={"capacity": 2}),
         make_pool(duo),
-        make_pool(tiny, allow_cpu=True, ctx=8192, quant="f16"),
+        make_pool(tiny, allow_cpu=True, quant="f16"),
+        make_pool(smollm2, allow_cpu=True),
     ]
-    service = LlorchProcess(directory, make_config(pools, **MAIN), expected=["task_ended"])
-    service.wait_ready(3)
-    return Deployment(service, {"solo": solo, "duo": duo, "tiny": tiny}, is_keyless=False)
+    service = started(ends, LlorchProcess(directory, make_config(pools, **MAIN), expected=["task_ended"]))
+    service.wait_ready(4)
+    engines = {engine.model: engine for engine in (solo, duo, tiny, smollm2)}
+    return Deployment(service, engines, is_keyless=False)
 
 
-def start_fleeting(directory: Path) -> Deployment:
+def start_fleeting(directory: Path, ends: ExitStack) -> Deployment:
     """Pool `duo`, with everything soon forgotten."""
-    duo = FakeEngineProcess(directory / "duo.log", model="duo", slots=2)
+    duo = started(ends, FakeEngineProcess(directory / "duo.log", model="duo", slots=2))
     config = make_config([make_pool(duo)], **FLEETING)
-    service = LlorchProcess(directory, config, expected=["task_ended"])
+    service = started(ends, LlorchProcess(directory, config, expected=["task_ended"]))
     service.wait_ready()
     return Deployment(service, {"duo": duo}, is_keyless=False)
 
 
-def start_demonstration(directory: Path) -> Deployment:
+def start_demonstration(directory: Path, ends: ExitStack) -> Deployment:
     """`llorch serve` without a configuration."""
-    service = LlorchProcess(directory, None, expected=["keyless", "cpu_demonstration", "task_ended"])
+    service = started(ends, LlorchProcess(directory, None, expected=["keyless", "cpu_demonstration"]))
     service.wait_ready()
     return Deployment(service, {}, is_keyless=True)
+
+
+def started(ends: ExitStack, process: Started) -> Started:
+    """The process, ended with the stack at the latest."""
+    ends.callback(process.end)
+    return process
 
 
 START = {"main": start_main, "fleeting": start_fleeting, "demonstration": start_demonstration}
@@ -124,25 +133,32 @@ class Deployments:
     """Every deployment of a run, each started when first asked for."""
 
     def __init__(self) -> None:
-        self.directory = Path(tempfile.mkdtemp(prefix="llorch-journeys-"))
-        self._running: dict[str, Deployment] = {}
+        self._ends = ExitStack()
+        self._directory = Path(self._ends.enter_context(tempfile.TemporaryDirectory(prefix="llorch-journeys-")))
+        self._all: list[Deployment] = []
+        self._current: dict[str, Deployment] = {}
+        self._broken: set[str] = set()
 
     def get(self, name: str) -> Deployment:
-        running = self._running.get(name)
-        if running is None or running.service.status is not None:
-            if running is not None:
-                running.stop()
-            directory = self.directory / f"{name}-{len(list(self.directory.iterdir()))}"
+        """The deployment of that name; a new one when a journey has ended the last."""
+        assert name not in self._broken, f"{name} could not be started"
+        current = self._current.get(name)
+        if current is None or current.service.status is not None:
+            directory = self._directory / f"{name}-{len(self._all)}"
             directory.mkdir()
-            running = self._running[name] = START[name](directory)
-        return running
+            self._broken.add(name)
+            current = self._current[name] = START[name](directory, self._ends)
+            self._broken.remove(name)
+            self._all.append(current)
+        return current
 
     def stop(self) -> None:
         """End all; raises the AssertionErrors of those that did not end well, after all have ended."""
-        faults: list[Any] = []
-        for deployment in self._running.values():
+        faults: list[AssertionError] = []
+        for deployment in self._all:
             try:
                 deployment.stop()
             except AssertionError as exc:
                 faults.append(exc)
+        self._ends.close()
         assert not faults, faults

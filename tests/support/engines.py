@@ -7,7 +7,6 @@ from typing import Any
 import httpx
 
 from llorch.launch.llamacpp import KEY_VARIABLE
-from llorch.launch.model_file import locate_demo_model
 from tests.support.processes import ROOT, Process, wait_for
 
 TINY_MODEL = ROOT / ".cache" / "models" / "tiny.gguf"
@@ -78,11 +77,6 @@ class LlamaCppProcess(Process):
     def end(self, within_s: float = 20.0) -> int:
         self._http.close()
         return super().end(within_s)
-
-
-def demo_model() -> Path:
-    """The file of SmolLM2, which `make setup` installs."""
-    return locate_demo_model()
 
 
 def _json(response: httpx.Response) -> dict[str, Any]:

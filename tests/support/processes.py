@@ -3,6 +3,7 @@
 Nothing here knows what a process serves.
 """
 
+import ctypes
 import json
 import os
 import signal
@@ -18,6 +19,9 @@ START_S = 60.0
 """Bound for anything to start, on a machine that is busy with something else."""
 
 Found = TypeVar("Found")
+
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)
 
 
 class Process:
@@ -41,6 +45,7 @@ class Process:
                 cwd=cwd,
                 env={**os.environ, **(environment or {})},
                 start_new_session=True,
+                preexec_fn=_die_with_parent if sys.platform.startswith("linux") else None,
             )
 
     @property
@@ -99,6 +104,11 @@ def wait_for(look: Callable[[], Found | None], what: str, within_s: float = 10.0
         if time.monotonic() > until:
             raise AssertionError(f"not within {within_s:g} s: {what}")
         time.sleep(every_s)
+
+
+def _die_with_parent() -> None:
+    """No child outlives the tests, however they end."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _parse(line: str) -> dict[str, Any]:

@@ -140,9 +140,10 @@ class Response:
             connection.abort(Canceled("The answer was closed before its end."))
             await connection.wait_closed()
 
-    def release(self) -> None:
-        """The connection needs this answer no more (called by the connection)."""
-        self._connection = None
+    def release(self, *, keep_connection: bool = False) -> None:
+        """The connection needs this answer no more. Of one that breaks off `aclose` still awaits the closing."""
+        if not keep_connection:
+            self._connection = None
         del self.parser  # it holds this object's callbacks: without the cycle both are freed at once
 
     def on_message_begin(self) -> None:
@@ -244,6 +245,8 @@ class Connection(asyncio.Protocol):
 
     def drain(self) -> None:
         """Nobody consumes the answer any more: let it end within a second, else close the connection."""
+        if self._response is None:
+            return
         self._is_draining = True
         if self._is_paused:
             self._resume()
@@ -283,7 +286,11 @@ class Connection(asyncio.Protocol):
             self._buffered += len(data)
             if self._buffered > HIGH_WATER_BYTES:
                 self._pause()
-        response.wake()
+        on_arrival = response.on_arrival
+        if on_arrival is not None:
+            on_arrival()
+        else:
+            response.wake()
 
     def connection_lost(self, exc: Exception | None) -> None:
         response = self._response
@@ -325,11 +332,11 @@ class Connection(asyncio.Protocol):
         response = self._response
         if response is not None:
             response.error = error
-            self._detach(response)
+            self._detach(response, keep_connection=True)
             response.wake()
 
-    def _detach(self, response: Response) -> None:
-        response.release()
+    def _detach(self, response: Response, *, keep_connection: bool = False) -> None:
+        response.release(keep_connection=keep_connection)
         self._response = None
         self._feed = None
         self._buffered = 0

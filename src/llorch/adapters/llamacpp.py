@@ -246,37 +246,44 @@ class _Relay:
         if self._ended.done():
             return
         try:
-            while (data := self._response.take()) is not None:
-                if not data:
-                    raise WorkerReset("The engine ended its answer without saying that it is complete.")
-                completed = self._hand_out(self._splitter.feed(data))
-                if completed is not None:
-                    # Nothing follows but the end of the HTTP message, which must not delay the last token.
-                    self._response.let_finish()
-                    self._ended.set_result(completed)
-                    return
+            completed = self._take_all()
         except _UNREADABLE as exc:
             error = WorkerReset("The engine's stream is not what llama.cpp sends.", engine=ENGINE)
             error.__cause__ = exc
             self._ended.set_exception(error)
         except Exception as exc:  # noqa: BLE001 (raised again by run)
             self._ended.set_exception(exc)
+        else:
+            if completed is not None:
+                # Nothing follows but the end of the HTTP message, which must not delay the last token.
+                self._response.let_finish()
+                self._ended.set_result(completed)
+
+    def _take_all(self) -> Completed | None:
+        response = self._response
+        completed = None
+        if data := response.take():
+            completed = self._hand_out(self._splitter.feed(data))
+        if completed is None and (response.complete or response.error is not None) and response.take() == b"":
+            raise WorkerReset("The engine ended its answer without saying that it is complete.")
+        return completed
 
     def _hand_out(self, events: list[bytes]) -> Completed | None:
         tokens: list[str] = []
         end: bytes | None = None
+        has_stopped = False
         for data in events:
             event = _decode_event(data)
             if event.content:
                 tokens.append(event.content)
             if event.stop or event.content is None:
-                end = data
+                end, has_stopped = data, event.stop
                 break
         if tokens:
             self._on_tokens(tokens)
         if end is None:
             return None
-        if not event.stop:
+        if not has_stopped:
             raise _broken_off(end)
         return _completed(_decode_end(end))
 

@@ -45,7 +45,7 @@ def _check_origin(exchange: Exchange) -> None:
     """1. Host is this machine. 2. a page that asks was served from here. 3. a body could not come from a plain form."""
     headers = exchange.headers
     host = headers.get(b"host", b"")
-    if not is_loopback(host) or _count(exchange, b"host") > 1:  # 1
+    if not is_loopback(host) or _has_two_hosts(exchange):  # 1
         raise Forbidden("without API keys only requests to a loopback name or address are answered")
     origin = headers.get(b"origin")
     if origin is not None and origin.lower() != b"http://" + host.lower():  # 2
@@ -70,5 +70,6 @@ def _has_body(headers: dict[bytes, bytes]) -> bool:
     return b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
 
 
-def _count(exchange: Exchange, wanted: bytes) -> int:
-    return sum(name == wanted for name, _ in exchange.scope["headers"])
+def _has_two_hosts(exchange: Exchange) -> bool:
+    pairs = exchange.scope["headers"]
+    return len(pairs) != len(exchange.headers) and sum(name == b"host" for name, _ in pairs) > 1

@@ -48,6 +48,7 @@ class Server(uvicorn.Server):
                 lifespan="on",
                 interface="asgi3",
                 access_log=False,
+                proxy_headers=False,
                 log_config=None,
                 server_header=False,
                 date_header=False,

@@ -5,8 +5,10 @@ client's buffer is full does a task wait until it has room.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Generator
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator
+from typing import Any, cast
+
+from starlette.types import Message
 
 from llorch.api.exchange import Exchange
 from llorch.service.streams import Reader
@@ -47,10 +49,10 @@ async def send_events(exchange: Exchange, status: int, reader: Reader) -> None:
 class _Sender:
     """Sends what is ready, as long as that needs no waiting; what has to wait goes on in a task."""
 
-    __slots__ = ("_exchange", "_reader", "_waiting")
+    __slots__ = ("_reader", "_send", "_waiting")
 
     def __init__(self, exchange: Exchange, reader: Reader) -> None:
-        self._exchange = exchange
+        self._send = cast(Callable[[Message], Coroutine[Any, Any, None]], exchange.send)
         self._reader = reader
         self._waiting: asyncio.Task[None] | None = None
 
@@ -58,20 +60,19 @@ class _Sender:
         """Send all that the reader has to give."""
         if self._waiting is not None:
             return
-        reader, write = self._reader, self._exchange.write
-        while (chunk := reader.take()) or reader.is_done:
-            is_last = reader.is_done
-            if is_last:
-                reader.on_ready = None
-            sending = write(chunk, more=not is_last)
-            try:
-                awaited = sending.send(None)
-            except StopIteration:
-                if is_last:
-                    return
-            else:
-                self._waiting = asyncio.ensure_future(self._send_rest(sending, awaited))
-                return
+        reader = self._reader
+        chunk = reader.take()
+        is_last = reader.is_done
+        if is_last:
+            reader.on_ready = None
+        elif not chunk:
+            return
+        sending = self._send({"type": "http.response.body", "body": chunk, "more_body": not is_last})
+        try:
+            awaited = sending.send(None)
+        except StopIteration:
+            return
+        self._waiting = asyncio.ensure_future(self._send_rest(sending, awaited))
 
     def stop(self) -> None:
         """Send nothing more."""

@@ -138,7 +138,7 @@ def decode(frame: Frame, expected_id: int) -> Event | None:
     Raises ProtocolFault when a durable frame does not have the id `expected_id`, or a frame breaks the contract.
     """
     if frame.id is not None:
-        if False:
+        if frame.id != str(expected_id):
             raise ProtocolFault(f"frame {frame.id[:20]!r} came where frame {expected_id} was due")
         durable = _DURABLE.get(frame.event)
         return durable(expected_id, frame.data) if durable else None

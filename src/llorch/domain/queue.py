@@ -20,9 +20,10 @@ class TaskQueue:
     def __init__(self, capacity: Mapping[Priority, int]) -> None:
         self.capacity = dict(capacity)
         self._lanes: dict[Priority, dict[Need, Lane]] = {priority: {} for priority in Priority}
+        self._depth = dict.fromkeys(Priority, 0)
 
     def __len__(self) -> int:
-        return sum(self.depth(priority) for priority in Priority)
+        return sum(self._depth.values())
 
     def __iter__(self) -> Iterator[Task]:
         """Tasks in the order in which they would start on replicas that suit all."""
@@ -31,7 +32,7 @@ class TaskQueue:
 
     def depth(self, priority: Priority) -> int:
         """How many wait in this priority."""
-        return sum(len(lane) for lane in self._lanes[priority].values())
+        return self._depth[priority]
 
     def is_full(self, priority: Priority) -> bool:
         """No further task is admitted to this priority."""
@@ -39,13 +40,18 @@ class TaskQueue:
 
     def push(self, task: Task) -> None:
         """Let the task wait at the place that its order gives it. Requeued tasks may exceed the capacity."""
-        self._lanes[task.priority].setdefault(task.need, SortedDict())[task.order] = task
+        lanes = self._lanes[task.priority]
+        if task.need not in lanes:
+            lanes[task.need] = SortedDict()
+        lanes[task.need][task.order] = task
+        self._depth[task.priority] += 1
 
     def remove(self, task: Task) -> None:
         """The task waits no more; raises KeyError when it did not."""
         lanes = self._lanes[task.priority]
         del lanes[task.need][task.order]
-        if not lanes[task.need]:
+        self._depth[task.priority] -= 1
+        if task.need.cohort is not None and not lanes[task.need]:
             del lanes[task.need]
 
     def position(self, task: Task) -> int:
@@ -60,7 +66,7 @@ class TaskQueue:
     def head(self, can_start: Callable[[Need], bool]) -> Task | None:
         """The task whose turn it is among those for which there is a slot that they may use."""
         for lanes in self._lanes.values():
-            heads = [lane.peekitem(0)[1] for need, lane in lanes.items() if can_start(need)]
+            heads = [lane.peekitem(0)[1] for need, lane in lanes.items() if lane and can_start(need)]
             if heads:
                 return min(heads, key=lambda task: task.order)
         return None

@@ -7,9 +7,9 @@ process goes to the journal first; terminal frames follow its commit.
 import asyncio
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 
 from llorch.domain import events as ev
+from llorch.domain.faults import REPLICA_FAULTS, SHUTDOWN
 from llorch.domain.ledger import Ledger
 from llorch.domain.scheduler import Scheduler
 from llorch.domain.task import Attempt, Fault, Task, TaskKey, TaskState
@@ -97,8 +97,13 @@ class Dispatcher:
         refusal = self._refusals.pop(record.key, None)
         if refusal is not None:
             raise refusal.error(engine=record.route.engine)
-        assert record.acceptance is not None
-        record.acceptance = acceptance = replace(record.acceptance, state=record.admitted.state)
+        submission = record.submission
+        record.acceptance = acceptance = Acceptance(
+            task_id=submission.task_id,
+            session_id=submission.session_id,
+            state=record.admitted.state,
+            queue_position=record.queue_position,
+        )
         self.advise(record)
         await self._journal.commit()
         return acceptance
@@ -113,15 +118,17 @@ class Dispatcher:
 
     async def aclose(self) -> None:
         """Break off what still runs, and return when every engine was told."""
-        for handle in (self._wakeup, self._advice, self._expiry):
-            if handle is not None:
-                handle.cancel()
+        if any(scheduler.tasks for scheduler in self.schedulers.values()):
+            self.post_to_all(ev.ShutdownRequested(grace_s=0.0))
         running = list(self._running.values())
         for run in running:
             run.cancel()
         await asyncio.gather(*running, return_exceptions=True)
         if self._committer is not None:
             await self._committer
+        for handle in (self._wakeup, self._advice, self._expiry):
+            if handle is not None:
+                handle.cancel()
 
     # Events in, commands out
 
@@ -133,8 +140,9 @@ class Dispatcher:
             self._perform(route_id, command, now)
         self._telemetry.observe(route_id, event, commands, now)
         if commands:
-            self._watch_idle()
             self._plan_advice()
+        if commands or isinstance(event, ev.AttemptEnded):
+            self._watch_idle()
 
     def _perform(self, route_id: str, command: ev.Command, now: float) -> None:
         match command:
@@ -155,12 +163,7 @@ class Dispatcher:
         task = command.task
         record = self._submitted[task.key]
         record.task = task
-        record.acceptance = Acceptance(
-            task_id=record.submission.task_id,
-            session_id=record.submission.session_id,
-            state=TaskState.QUEUED,
-            queue_position=command.queue_position,
-        )
+        record.queue_position = command.queue_position
         self.records.file(record)
         self._journal.append(Accepted(*task.key, route_id=route_id, order=task.order))
 
@@ -185,20 +188,20 @@ class Dispatcher:
         """Whatever happened to the attempt, exactly one AttemptEnded tells it."""
         del self._running[attempt.attempt_id]
         if run.cancelled():
-            fault = None
+            fault = SHUTDOWN  # for a task that is still live: it was not told to stop by its scheduler
         elif (error := run.exception()) is not None:
             self._telemetry.report_bug("attempt", error)
             fault = Fault(Internal)
         else:
             fault = run.result()
         self.post(route_id, ev.AttemptEnded(attempt.task, attempt.attempt_id, fault))
-        if fault is not None:
+        if fault is not None and issubclass(fault.kind, REPLICA_FAULTS):
             self._on_suspect(attempt.replica_id)
 
     def _finish(self, task: Task, now: float) -> None:
         record = self._record(task)
         record.stream.shut_gate()
-        record.prompt = None
+        record.free_prompt()
         if record.completed is not None and (tokens := record.completed.usage.prompt_tokens) is not None:
             self._telemetry.observe_usage(record.placed.attempt_id, tokens)
         self._journal.append(Ended(*task.key, code=task.fault.kind.code if task.fault else None))

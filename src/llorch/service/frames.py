@@ -10,11 +10,10 @@ from llorch.service.records import Record
 
 def started(record: Record, now: float) -> dict[str, Any]:
     """The task has begun: where, and what it was told at acceptance."""
-    task, placed, acceptance = record.admitted, record.placed, record.acceptance
-    assert acceptance is not None
+    task, placed = record.admitted, record.placed
     return {
-        "queue_position": acceptance.queue_position,
-        "predicted_start_ms": acceptance.predicted_start_ms,
+        "queue_position": record.queue_position,
+        "predicted_start_ms": None,
         "waited_ms": _ms(task.accepted_at, now),
         "pool_id": placed.pool_id,
         "replica_id": placed.replica_id,

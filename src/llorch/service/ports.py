@@ -26,8 +26,14 @@ class Sampling:
 
     def overridden_by(self, own: "Sampling") -> "Sampling":
         """These parameters, with those that `own` names in their place."""
+        if own == NO_SAMPLING:
+            return self
         named = {f.name: value for f in fields(own) if (value := getattr(own, f.name)) not in (None, ())}
-        return replace(self, **named) if named else self
+        return replace(self, **named)
+
+
+NO_SAMPLING = Sampling()
+"""Nothing is asked for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,13 +3,13 @@
 A transcript expires first, its record later; a forgotten task was never there. What is live is never forgotten.
 """
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from llorch.domain.task import Task, TaskKey, WaitReason
 from llorch.errors import NotFound
-from llorch.service.ports import Completed
+from llorch.service.ports import Completed, Sampling
 from llorch.service.prompts import Prompt
 from llorch.service.routes import Route
 from llorch.service.streams import TaskStream
@@ -20,7 +20,7 @@ from llorch.service.submission import Acceptance, Placement, Submission
 class Record:
     """One accepted task: what was asked, what the scheduler makes of it, and its stream.
 
-    `number` grows with acceptance over all routes. `prompt` is given back when the task has ended. `accepted_wall` in
+    `number` grows with acceptance over all routes. `queue_position` is the place at acceptance. `prompt` is given back when the task has ended. `accepted_wall` in
     seconds since the Unix epoch.
     """
 
@@ -33,6 +33,7 @@ class Record:
     stream: TaskStream = field(default_factory=TaskStream)
     number: int = 0
     task: Task | None = None
+    queue_position: int = 0
     acceptance: Acceptance | None = None
     placement: Placement | None = None
     completed: Completed | None = None
@@ -43,6 +44,11 @@ class Record:
     def key(self) -> TaskKey:
         """(tenant, task_id)."""
         return self.submission.tenant, self.submission.task_id
+
+    def free_prompt(self) -> None:
+        """Give back what was only needed to run the task: the record may be kept much longer."""
+        self.prompt = None
+        self.submission = replace(self.submission, prompt=None, messages=(), sampling=Sampling())
 
     def note_wait(self, reason: WaitReason) -> None:
         """Remember why the task waits, once for each change."""
@@ -79,8 +85,8 @@ class Records:
         self._by_tenant: dict[str, OrderedDict[str, Record]] = {}
         self._by_number: dict[str, OrderedDict[int, Record]] = {}
         self._finished: dict[str, OrderedDict[str, Record]] = {}
-        self._transcripts: deque[tuple[float, Record]] = deque()
-        self._records: deque[tuple[float, Record]] = deque()
+        self._transcripts: OrderedDict[int, tuple[float, Record]] = OrderedDict()
+        self._records: OrderedDict[int, tuple[float, Record]] = OrderedDict()
         self._last_number = 0
 
     def find(self, key: TaskKey) -> Record | None:
@@ -109,8 +115,8 @@ class Records:
         """The task has ended: its time to be forgotten begins."""
         tenant, task_id = record.key
         self._finished.setdefault(tenant, OrderedDict())[task_id] = record
-        self._transcripts.append((now + self._retention.transcript_s, record))
-        self._records.append((now + self._retention.record_s, record))
+        self._transcripts[record.number] = now + self._retention.transcript_s, record
+        self._records[record.number] = now + self._retention.record_s, record
 
     def newest_first(self, tenant: str, before: int | None) -> Iterator[Record]:
         """A tenant's records, from the one accepted last, or from the one before number `before`."""
@@ -120,14 +126,14 @@ class Records:
 
     def expire(self, now: float) -> None:
         """Forget what is due."""
-        while self._transcripts and self._transcripts[0][0] <= now:
-            self._transcripts.popleft()[1].stream.drop_transcript()
-        while self._records and self._records[0][0] <= now:
-            self._forget(self._records.popleft()[1])
+        for record in _take_due(self._transcripts, now):
+            record.stream.drop_transcript()
+        for record in _take_due(self._records, now):
+            self._forget(record)
 
     def next_expiry(self) -> float | None:
         """When there is something to forget, in the seconds of `now`."""
-        dues = [queue[0][0] for queue in (self._transcripts, self._records) if queue]
+        dues = [next(iter(table.values()))[0] for table in (self._transcripts, self._records) if table]
         return min(dues, default=None)
 
     def _make_room(self, tenant: str) -> None:
@@ -136,13 +142,22 @@ class Records:
             self._forget(next(iter(finished.values())))
 
     def _forget(self, record: Record) -> None:
-        """Idempotent: a record that was crowded out is met again when its time comes."""
         tenant, task_id = record.key
-        if self.find(record.key) is not record:
-            return
         record.stream.drop_transcript()
+        self._transcripts.pop(record.number, None)
+        self._records.pop(record.number, None)
         del self._by_tenant[tenant][task_id]
         del self._by_number[tenant][record.number]
         self._finished[tenant].pop(task_id, None)
         if not self._by_tenant[tenant]:
             del self._by_tenant[tenant], self._by_number[tenant], self._finished[tenant]
+
+
+def _take_due(table: OrderedDict[int, tuple[float, Record]], now: float) -> Iterator[Record]:
+    """Take out what is due; entries stand in the order of their times."""
+    while table:
+        number, (due, record) = next(iter(table.items()))
+        if due > now:
+            return
+        del table[number]
+        yield record

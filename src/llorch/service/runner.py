@@ -37,6 +37,7 @@ class Runner:
             progress.report()
         except asyncio.CancelledError:
             await engine.wait_released(attempt.slot)
+            raise
         except LlorchError as error:
             return fault_of(error)
         return None

@@ -70,7 +70,8 @@ class TaskStream:
             i += 1
         self._tokens = i
         for reader in tuple(self._readers):
-            reader.wake()
+            if reader.on_ready is not None:
+                reader.on_ready()
 
     def shut_gate(self) -> None:
         """From now on only the terminal frame may come."""
@@ -98,7 +99,7 @@ class TaskStream:
 
     def advise(self, event: str, data: Any) -> None:
         """Tell present readers something of the moment: no id, never replayed, only the newest is kept."""
-        if not self._readers:
+        if not self._readers or not self._gate_open:
             return
         advice = b"event: %b\ndata: %b\n\n" % (event.encode(), _encode(data))
         for reader in tuple(self._readers):
@@ -151,11 +152,15 @@ class Reader:
     def take(self) -> bytes:
         """Everything that is ready, in one piece; empty when nothing is."""
         frames = self._stream.ready(self.cursor)
-        self.cursor += len(frames)
         if self._advice:
-            frames.insert(0, self._advice)
-            self._advice = b""
-        return frames[0] if len(frames) == 1 else b"".join(frames)
+            frames, advice, self._advice = list(frames), self._advice, b""
+            self.cursor += len(frames)
+            return advice + b"".join(frames)
+        if len(frames) == 1:
+            self.cursor += 1
+            return frames[0]
+        self.cursor += len(frames)
+        return b"".join(frames)
 
     def wake(self) -> None:
         """There may be something to take."""

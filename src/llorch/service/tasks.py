@@ -51,6 +51,7 @@ class Tasks:
         """
         key = (submission.tenant, submission.task_id)
         if (stored := self._replay(key, submission)) is not None:
+            await self._dispatcher.commit()
             return stored
         try:
             record = await self._prepare(submission, correlation_id)
@@ -58,6 +59,7 @@ class Tasks:
             self._telemetry.observe_rejection(error.engine, error.code)
             raise
         if (stored := self._replay(key, submission)) is not None:
+            await self._dispatcher.commit()
             return stored
         return await self._dispatcher.submit(record, ev.TaskSubmitted(_spec_of(submission)))
 
@@ -119,7 +121,8 @@ class Tasks:
     def _join(self, record: Record, after: int) -> Reader:
         def on_leave() -> None:
             self._readers.discard(reader)
-            self._dispatcher.post(route_id, ev.FollowerLeft(record.key))
+            if self._records.find(record.key) is record:
+                self._dispatcher.post(route_id, ev.FollowerLeft(record.key))
 
         route_id = record.route.route_id
         reader = record.stream.join(after, on_leave)

@@ -4,9 +4,9 @@ It speaks no protocol; the FakeEngine of `llorch.testing.fake_engine` is the one
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
-from llorch.service.ports import Batch, Completed, EngineFacts, Generation, Message, Usage
+from llorch.service.ports import Completed, EngineFacts, Generation, Message, OnTokens, Usage
 
 
 class Gate:
@@ -32,44 +32,35 @@ class Gate:
 
 
 class FakeGeneration:
-    """One generation under way: the test sends what the engine would produce. Iterates once."""
+    """One generation under way: the test sends what the engine would produce."""
 
-    def __init__(self, order: Generation) -> None:
+    def __init__(self, order: Generation, on_tokens: OnTokens) -> None:
         self.order = order
         self.is_closed = False
         self.sent: list[str] = []
-        self._batches: asyncio.Queue[Batch | Exception | None] = asyncio.Queue()
+        self._on_tokens = on_tokens
+        self._end: asyncio.Future[Completed] = asyncio.get_running_loop().create_future()
 
     def send(self, *tokens: str) -> None:
-        """Tokens that arrive together."""
+        """Tokens that arrive together. After the end or a cancel a real engine would not; this one obeys the test."""
         self.sent += tokens
-        self._batches.put_nowait(Batch(tokens))
+        self._on_tokens(tokens)
 
-    def finish(self, reason: str = "length", *, tokens: Iterable[str] = ()) -> None:
-        """The last batch, with `tokens` in it."""
-        last = tuple(tokens)
-        self.sent += last
+    def finish(self, reason: str = "length") -> None:
+        """The engine's last word."""
         usage = Usage(prompt_tokens=len(self.order.prompt), completion_tokens=len(self.sent), cached_tokens=None)
-        self._batches.put_nowait(Batch(last, Completed(reason, usage)))
-        self._batches.put_nowait(None)
+        self._end.set_result(Completed(reason, usage))
 
     def fail(self, error: Exception) -> None:
         """The engine, or the adapter itself, fails here."""
-        self._batches.put_nowait(error)
+        self._end.set_exception(error)
 
-    def break_off(self) -> None:
-        """The answer ends without its last word."""
-        self._batches.put_nowait(None)
-
-    async def __aiter__(self) -> AsyncIterator[Batch]:
-        while (batch := await self._batches.get()) is not None:
-            if isinstance(batch, Exception):
-                raise batch
-            yield batch
-
-    async def aclose(self) -> None:
-        """The consumer has no more use for it."""
-        self.is_closed = True
+    async def run(self) -> Completed:
+        """What `generate` does until its end."""
+        try:
+            return await self._end
+        finally:
+            self.is_closed = True
 
 
 class FakeEnginePort:
@@ -93,16 +84,17 @@ class FakeEnginePort:
         self.releasing, self.counting, self.probing = Gate(), Gate(), Gate()
         self._news = asyncio.Event()
 
-    def generate(self, generation: Generation) -> FakeGeneration:
+    async def generate(self, generation: Generation, on_tokens: OnTokens) -> Completed:
         """Begin a generation that the test can reach."""
-        begun = FakeGeneration(generation)
+        begun = FakeGeneration(generation, on_tokens)
         self.generations.append(begun)
+        self._news.set()
         if self.start is not None:
             begun.fail(self.start)
         elif self.answer is not None:
-            begun.finish(tokens=self.answer)
-        self._news.set()
-        return begun
+            begun.send(*self.answer)
+            begun.finish()
+        return await begun.run()
 
     async def generation(self, number: int) -> FakeGeneration:
         """The generation with this number (from 0), once it has begun."""

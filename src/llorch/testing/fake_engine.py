@@ -28,7 +28,8 @@ __all__ = ["FakeEngine", "Faults", "Seen"]
 
 _RECORDS_MAX: Final = 50_000
 _ACCEPT_PASSES: Final = 4
-"""Passes of the event loop after which a connection that was accepted has told its protocol so."""
+"""Passes of the event loop after which a connection that was accepted has told its protocol so; asyncio forgets one
+whose server is closed meanwhile."""
 
 
 class FakeEngine:
@@ -83,11 +84,11 @@ class FakeEngine:
     async def aclose(self) -> None:
         """Stop listening and reset every connection, as when the process is killed. Idempotent."""
         server, self._server = self._server, None
-        if server is not None:
-            server.close()
         self.faults = Faults(refuse=True)
         for _ in range(_ACCEPT_PASSES):
             await asyncio.sleep(0)
+        if server is not None:
+            server.close()
         for connection in list(self.connections):
             connection.abort()
         for run in [*self._busy.values(), *self._waiting]:

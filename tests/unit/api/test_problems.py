@@ -40,6 +40,31 @@ def test_every_error_code_is_in_the_contract() -> None:
     assert {kind.code for kind in STATUS} <= {code.value for code in models.ErrorCode}
 
 
+def test_statuses_are_those_of_the_spec() -> None:
+    statuses: dict[int, set[type[errors.LlorchError]]] = {
+        400: {errors.SchemaFault},
+        401: {errors.Unauthenticated},
+        403: {errors.Forbidden},
+        404: {errors.NotFound},
+        405: {errors.MethodNotAllowed},
+        409: {errors.Conflict, errors.Canceled},
+        410: {errors.StreamGone},
+        413: {errors.PayloadTooLarge},
+        415: {errors.UnsupportedMediaType},
+        422: {errors.InvalidParams, errors.DeadlineUnmet},
+        429: {errors.AdmissionReject, errors.QuotaExceeded, errors.BudgetExhausted},
+        500: {errors.LlorchError, errors.Internal, errors.ConfigError, errors.LaunchError},
+        503: {
+            errors.PoolUnready,
+            errors.PoolUnavailable,
+            errors.ReplicaExhausted,
+            errors.WorkerReset,
+            errors.DecodeTimeout,
+        },
+    }
+    assert {kind: status for status, kinds in statuses.items() for kind in kinds} == STATUS
+
+
 def test_subclass_has_the_status_of_the_nearest_class_above() -> None:
     assert status_of(InvalidTransition()) == 500
 

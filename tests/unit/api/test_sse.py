@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from llorch.api.exchange import Exchange
-from llorch.api.sse import Following, send_events
+from llorch.api.sse import send_events
 from llorch.service.streams import TaskStream
 from tests.unit.api.conftest import Client
 from tests.unit.api.fakes import TASK
@@ -29,21 +29,33 @@ def whole_stream() -> TaskStream:
 
 
 class Wire:
-    """An ASGI server's two ends: what was sent, and a client that leaves when it is told to."""
+    """Both ends of an ASGI server: it is over when the client leaves or the response is complete.
+
+    While `has_room` is cleared the client's buffer is full and a send has to wait.
+    """
 
     def __init__(self) -> None:
         self.sent: list[dict[str, Any]] = []
-        self.leaves = asyncio.Event()
+        self.is_over = asyncio.Event()
+        self.has_room = asyncio.Event()
+        self.has_room.set()
 
     async def send(self, message: Any) -> None:
+        await self.has_room.wait()
         self.sent.append(message)
+        if message["type"] == "http.response.body" and not message["more_body"]:
+            self.is_over.set()
 
     async def receive(self) -> Any:
-        await self.leaves.wait()
+        await self.is_over.wait()
         return {"type": "http.disconnect"}
 
     def exchange(self) -> Exchange:
         return Exchange({"headers": []}, self.receive, self.send, "req-1")
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(message["body"] for message in self.sent if message["type"] == "http.response.body")
 
 
 async def test_stream_is_sent_as_it_is_under_the_right_headers(client: Client) -> None:
@@ -104,13 +116,38 @@ async def test_last_frame_ends_the_response_in_the_same_message() -> None:
 
 
 async def test_disconnect_ends_the_sending_and_leaves_once() -> None:
-    wire, left = Wire(), []
-    stream = TaskStream()
+    wire, stream = Wire(), TaskStream()
+    left: list[int] = []
     sending = asyncio.ensure_future(send_events(wire.exchange(), 200, stream.join(0, lambda: left.append(1))))
-    wire.leaves.set()
+    wire.is_over.set()
     await asyncio.wait_for(sending, 5)
-    assert (left, stream.readers) == ([1], 0)
-    assert wire.sent[-1]["more_body"] is False
+    stream.append("started", {})
+    assert (left, stream.readers, wire.body) == ([1], 0, b"")
+
+
+async def test_frame_is_sent_by_the_time_it_is_appended() -> None:
+    wire, stream = Wire(), TaskStream()
+    sending = asyncio.ensure_future(send_events(wire.exchange(), 200, stream.join(0, lambda: None)))
+    await asyncio.sleep(0)
+    stream.append_tokens(["a"])
+    assert wire.body.endswith(b'data: {"t":"a","i":0}\n\n')
+    stream.close("end", {})
+    await asyncio.wait_for(sending, 5)
+
+
+async def test_frames_for_a_client_without_room_leave_together_and_in_order() -> None:
+    wire, stream = Wire(), TaskStream()
+    sending = asyncio.ensure_future(send_events(wire.exchange(), 200, stream.join(0, lambda: None)))
+    await asyncio.sleep(0)
+    wire.has_room.clear()
+    for text in "abcde":
+        stream.append_tokens([text])
+    stream.close("end", {})
+    assert wire.body == b""
+    wire.has_room.set()
+    await asyncio.wait_for(sending, 5)
+    assert [line for line in wire.body.split(b"\n") if line.startswith(b"id: ")] == [b"id: %d" % n for n in range(1, 7)]
+    assert [message["type"] for message in wire.sent].count("http.response.body") == 2
 
 
 async def test_reader_leaves_when_sending_is_cancelled_or_fails() -> None:
@@ -131,27 +168,36 @@ async def test_reader_leaves_when_sending_is_cancelled_or_fails() -> None:
     assert (left, stream.readers) == ([1, 2], 0)
 
 
-async def test_transcript_that_expires_under_a_reader_just_ends_the_stream() -> None:
+async def test_transcript_that_expires_under_a_slow_reader_just_ends_the_stream() -> None:
     wire, stream = Wire(), TaskStream()
-    stream.append("started", {})
-    reader = stream.join(1, lambda: None)
-    sending = asyncio.ensure_future(send_events(wire.exchange(), 200, reader))
+    sending = asyncio.ensure_future(send_events(wire.exchange(), 200, stream.join(0, lambda: None)))
     await asyncio.sleep(0)
+    wire.has_room.clear()
+    stream.append("started", {})
+    stream.append_tokens(["never read"])
+    stream.close("end", {})
     stream.drop_transcript()
+    wire.has_room.set()
     await asyncio.wait_for(sending, 5)
+    assert wire.body == b"id: 1\nevent: started\ndata: {}\n\n"
     assert wire.sent[-1] == {"type": "http.response.body", "body": b"", "more_body": False}
 
 
 async def test_nothing_stays_behind_when_a_stream_has_ended() -> None:
     before = asyncio.all_tasks()
-    await send_events(Wire().exchange(), 200, whole_stream().join(0, lambda: None))
+    wire = Wire()
+    await send_events(wire.exchange(), 200, whole_stream().join(0, lambda: None))
+    assert asyncio.all_tasks() == before
+    stream = TaskStream()
+    wire = Wire()
+    sending = asyncio.ensure_future(send_events(wire.exchange(), 200, stream.join(0, lambda: None)))
+    await asyncio.sleep(0)
+    wire.has_room.clear()
+    stream.append("started", {})
+    wire.is_over.set()
+    await asyncio.wait_for(sending, 5)
     await asyncio.sleep(0)
     assert asyncio.all_tasks() == before
-
-
-async def test_following_is_also_an_ordinary_iterator() -> None:
-    following = Following(whole_stream().join(0, lambda: None))
-    assert b"".join([chunk async for chunk in following]) == WHOLE
 
 
 async def test_stream_of_another_tenant_is_not_found_peer_bug_22(client: Client) -> None:

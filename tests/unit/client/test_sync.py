@@ -1,6 +1,7 @@
 """The synchronous facade does what the asynchronous client does."""
 
 import inspect
+import signal
 import threading
 from contextlib import closing
 
@@ -53,6 +54,18 @@ def test_leaving_the_loop_cancels_the_task(server: ScriptedServer) -> None:
     assert len(server.seen("POST", CANCEL)) == 1
 
 
+def test_closing_a_stream_returns_when_the_task_is_canceled(server: ScriptedServer) -> None:
+    server.on("POST", "/v1/tasks", accepted())
+    server.on("GET", STREAM, stream(*WHOLE[:2], is_held=True))
+    server.on("POST", CANCEL, CANCELED)
+    with Client(server.url) as client:
+        events = client.generate(model_ref="m", prompt="p", task_id=TASK_ID)
+        while not isinstance(next(events), Token):
+            pass
+        events.close()
+        assert len(server.seen("POST", CANCEL)) == 1
+
+
 def test_following_only_cancels_nothing(server: ScriptedServer) -> None:
     server.on("GET", STREAM, stream(*WHOLE[:2], is_held=True))
     with Client(server.url) as client, closing(client.stream(TASK_ID)) as events:
@@ -71,7 +84,7 @@ def test_an_interrupt_while_waiting_cancels_the_task(server: ScriptedServer, mon
         server.wait_for("GET", STREAM)
         main = threading.main_thread().ident
         assert main is not None
-        threading.Timer(0.1, lambda: __import__("signal").pthread_kill(main, __import__("signal").SIGINT)).start()
+        threading.Timer(0.1, signal.pthread_kill, (main, signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
             next(events)
     assert len(server.seen("POST", CANCEL)) == 1

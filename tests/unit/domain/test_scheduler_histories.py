@@ -19,7 +19,9 @@ WALL_S, GRACE_S, TTL_S, TURNS = 40.0, 10.0, 60.0, 20
 CAPACITY = {Priority.INTERACTIVE: 3, Priority.BATCH: 4}
 NAMES = st.sampled_from([("acme", f"t{number}") for number in range(20)] + [("other", "t0"), ("other", "t1")])
 SESSIONS = st.sampled_from([f"s{number}" for number in range(6)])
-FAULTS = st.sampled_from([None, None, WorkerReset, WorkerReset, WorkerReset, PoolUnready, DecodeTimeout, InvalidParams, Internal])
+FAULTS = st.sampled_from(
+    [None, None, WorkerReset, WorkerReset, WorkerReset, PoolUnready, DecodeTimeout, InvalidParams, Internal]
+)
 STATES = st.sampled_from([*ReplicaState, *[ReplicaState.READY] * 12])
 REPLICAS = st.tuples(st.integers(1, 3), st.booleans())
 INDEX = st.integers(0, 10_000)

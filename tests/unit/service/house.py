@@ -101,7 +101,11 @@ class House:
             for number, engine in enumerate(self.engines)
         ]
         self.pools = Pools(
-            routes=Routes(self.routes), pools=pools, replicas=self.replicas, schedulers=self.schedulers, clock=self.clock
+            routes=Routes(self.routes),
+            pools=pools,
+            replicas=self.replicas,
+            schedulers=self.schedulers,
+            clock=self.clock,
         )
         self.telemetry = RecordingTelemetry()
         self.journal = FakeJournal()

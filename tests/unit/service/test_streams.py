@@ -17,10 +17,20 @@ def follow(stream: TaskStream, after: int = 0) -> Reader:
     return stream.join(after, no_op)
 
 
+async def read(reader: Reader) -> bytes:
+    """What is ready, or else the next thing that comes; empty when nothing will."""
+    ready = asyncio.Event()
+    reader.on_ready = ready.set
+    while not (piece := reader.take()) and not reader.is_done:
+        ready.clear()
+        await ready.wait()
+    return piece
+
+
 async def drain(reader: Reader) -> bytes:
     """Everything up to the end."""
     got = b""
-    while piece := await reader.read():
+    while piece := await read(reader):
         got += piece
     return got
 
@@ -55,7 +65,7 @@ async def test_peer_bug_30_every_frame_ends_with_exactly_two_newlines_and_has_no
     other = TaskStream()
     reader = follow(other)
     other.advise("queued", {"queue_position": 1})
-    advice = await reader.read()
+    advice = await read(reader)
     for frame in [*stream.ready(0), advice, HEARTBEAT]:
         assert frame.endswith(b"\n\n")
         assert not frame.endswith(b"\n\n\n")
@@ -131,14 +141,14 @@ async def test_frames_that_are_ready_together_leave_together() -> None:
     reader = follow(stream)
     stream.append("started", {})
     stream.append_tokens(["a", "b"])
-    assert await reader.read() == b"".join(stream.ready(0))
+    assert await read(reader) == b"".join(stream.ready(0))
     stream.append_tokens(["c"])
-    assert await reader.read() == stream.ready(3)[0]
+    assert await read(reader) == stream.ready(3)[0]
 
 
 async def test_peer_bug_13_a_waiting_reader_gets_a_token_without_time_passing() -> None:
     stream = TaskStream()
-    reading = asyncio.create_task(follow(stream).read())
+    reading = asyncio.create_task(read(follow(stream)))
     await asyncio.sleep(0)
     before = asyncio.get_running_loop().time()
     stream.append_tokens(["a"])
@@ -161,7 +171,7 @@ async def test_only_the_newest_advice_is_kept_and_it_is_never_replayed() -> None
     reader = follow(stream)
     stream.advise("queued", {"queue_position": 2})
     stream.advise("queued", {"queue_position": 1})
-    assert await reader.read() == b'event: queued\ndata: {"queue_position":1}\n\n'
+    assert await read(reader) == b'event: queued\ndata: {"queue_position":1}\n\n'
     stream.append("started", {})
     stream.close("end", {})
     assert await drain(reader) == await drain(follow(stream)) == b"".join(stream.ready(0))
@@ -172,32 +182,36 @@ async def test_advice_comes_before_the_frames_that_were_ready_with_it() -> None:
     reader = follow(stream)
     stream.advise("queued", {"queue_position": 0})
     stream.append("started", {})
-    assert await reader.read() == b'event: queued\ndata: {"queue_position":0}\n\n' + stream.ready(0)[0]
+    assert await read(reader) == b'event: queued\ndata: {"queue_position":0}\n\n' + stream.ready(0)[0]
 
 
-async def test_cancelled_read_loses_nothing() -> None:
+async def test_reader_is_called_once_for_tokens_that_came_together_and_not_after_it_left() -> None:
     stream = TaskStream()
-    reader = follow(stream)
-    reading = asyncio.create_task(reader.read())
-    await asyncio.sleep(0)
-    reading.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await reading
-    stream.append_tokens(["a"])
-    assert await reader.read() == stream.ready(0)[0]
-
-
-async def test_leaving_wakes_a_waiting_read_and_tells_once() -> None:
-    stream = TaskStream()
+    calls: list[bytes] = []
     left: list[bool] = []
     reader = stream.join(0, lambda: left.append(True))
-    reading = asyncio.create_task(reader.read())
-    await asyncio.sleep(0)
+    reader.on_ready = lambda: calls.append(reader.take())
+    stream.append_tokens(["a", "b"])
+    stream.append_tokens(["c"])
+    assert calls == [b"".join(stream.ready(0)[:2]), stream.ready(2)[0]]
     reader.leave()
     reader.leave()
-    assert await reading == b""
+    stream.append_tokens(["d"])
+    assert len(calls) == 2
     assert left == [True]
+    assert reader.is_done
     assert stream.readers == 0
+
+
+async def test_reader_that_leaves_when_it_is_called_does_not_disturb_the_others() -> None:
+    stream = TaskStream()
+    leaving, staying = follow(stream), follow(stream)
+    leaving.on_ready = leaving.leave
+    got: list[bytes] = []
+    staying.on_ready = lambda: got.append(staying.take())
+    stream.append_tokens(["a"])
+    stream.close("end", {})
+    assert got == stream.ready(0)
 
 
 # Expiry
@@ -212,19 +226,15 @@ def test_expired_transcript_can_be_joined_no_more() -> None:
 
 
 async def test_reader_that_is_still_behind_is_cut_off_and_not_told_an_end() -> None:
+    """ORCH-2037."""
     stream = finished()
-    reader = follow(stream, 3)
+    behind = follow(stream, 3)
+    woken: list[bool] = []
+    behind.on_ready = lambda: woken.append(True)
     stream.drop_transcript()
-    with pytest.raises(StreamGone):
-        await reader.read()
-
-
-async def test_reader_that_had_everything_ends_well_after_expiry() -> None:
-    stream = finished()
-    reader = follow(stream)
-    await reader.read()
-    stream.drop_transcript()
-    assert await reader.read() == b""
+    assert woken == [True]
+    assert behind.take() == b""
+    assert behind.is_done
 
 
 def test_output_is_the_text_of_the_tokens() -> None:
@@ -258,7 +268,7 @@ async def test_peer_bug_27_a_silent_stream_is_never_silent_longer_than_the_inter
 
     async def listen() -> None:
         while True:
-            assert await reader.read() == HEARTBEAT
+            assert await read(reader) == HEARTBEAT
             times.append(asyncio.get_running_loop().time())
 
     listening = asyncio.create_task(listen())
@@ -288,7 +298,7 @@ async def test_heartbeat_does_not_displace_advice() -> None:
     readers.add(reader)
     stream.advise("queued", {"queue_position": 3})
     await beating(readers, 30.0)
-    assert await reader.read() == b'event: queued\ndata: {"queue_position":3}\n\n'
+    assert await read(reader) == b'event: queued\ndata: {"queue_position":3}\n\n'
 
 
 async def test_reader_that_left_is_swept_no_more() -> None:

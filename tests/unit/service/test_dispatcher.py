@@ -1,0 +1,553 @@
+"""The dispatcher and its runner: every attempt ends once, nothing follows a cancel, answers follow the journal."""
+
+import asyncio
+import gc
+import weakref
+
+import pytest
+
+from llorch.domain import events as ev
+from llorch.domain.pool import ReplicaState
+from llorch.domain.scheduler import RoutePolicy
+from llorch.domain.task import Priority, TaskState
+from llorch.errors import AdmissionReject, DecodeTimeout, InvalidParams, PoolUnavailable, WorkerReset
+from llorch.service.ports import Accepted, Ended, Message, Sampling
+from llorch.testing.clock import running_clock
+from llorch.testing.engine import FakeEnginePort
+from tests.unit.service.house import TENANT, House, parse_all, route, settle
+
+
+def codes(house: House, task_id: str = "t") -> list[str]:
+    """Names of the durable frames, and the code where there is one."""
+    return [f"{event} {data['code']}" if "code" in data else event for event, data in house.read_all(task_id)]
+
+
+def ends(house: House) -> list[int]:
+    return [event.attempt_id for event in house.telemetry.events(ev.AttemptEnded)]
+
+
+async def test_task_runs_to_its_end_and_says_so() -> None:
+    async with House() as house:
+        acceptance = await house.submit()
+        assert (acceptance.state, acceptance.queue_position) == (TaskState.RUNNING, 0)
+        generation = await house.engine.generation(0)
+        generation.send("On", "ce")
+        generation.finish("stop")
+        await house.dispatcher.wait_idle()
+        assert codes(house) == ["started", "token", "token", "end"]
+        end = house.read_all()[-1][1]
+        assert (end["tokens_out"], end["finish_reason"]) == (2, "stop")
+        assert house.state() is TaskState.SUCCEEDED
+        assert generation.order.prompt == "once upon a time"
+        assert ends(house) == [1]
+        assert generation.is_closed
+
+
+async def test_waiting_task_is_told_that_it_waits() -> None:
+    async with House() as house:
+        await house.submit("a")
+        assert (await house.submit("b")).state is TaskState.QUEUED
+
+
+async def test_peer_bug_13_tokens_are_in_the_stream_as_soon_as_the_engine_sent_them() -> None:
+    async with House() as house:
+        await house.submit()
+        generation = await house.engine.generation(0)
+        before = running_clock().monotonic()
+        generation.send("a")
+        assert codes(house) == ["started", "token"]
+        assert house.record().admitted.first_token_at == before == running_clock().monotonic()
+
+
+async def test_scheduler_hears_of_tokens_every_32_or_half_second() -> None:
+    async with House() as house:
+        await house.submit(max_tokens=200)
+        generation = await house.engine.generation(0)
+        counts = lambda: [event.count for event in house.telemetry.events(ev.TokensProduced)]  # noqa: E731
+        for _ in range(31):
+            generation.send("a")
+        assert counts() == []
+        generation.send("a")
+        assert counts() == [32]
+        house.clock.advance(0.6)
+        generation.send("a")
+        assert counts() == [32, 1]
+        generation.send("a", "b", "c")
+        generation.finish()
+        await house.dispatcher.wait_idle()
+        assert counts() == [32, 1, 3]
+        assert len(house.telemetry.events(ev.FirstToken)) == 1
+
+
+# Cancel
+
+
+async def test_no_frame_but_the_terminal_one_follows_a_cancel() -> None:
+    """ORCH-2003: not even from an engine that goes on sending."""
+    async with House() as house:
+        await house.submit()
+        generation = await house.engine.generation(0)
+        generation.send("a")
+        cancelling = asyncio.create_task(house.tasks.cancel(TENANT, "t"))
+        await asyncio.sleep(0)
+        generation.send("b")
+        await cancelling
+        generation.send("c")
+        await house.dispatcher.wait_idle()
+        assert codes(house) == ["started", "token", "error CANCELED"]
+
+
+async def test_canceled_slot_is_used_again_when_the_engine_let_go_and_not_before() -> None:
+    async with House() as house:
+        house.engine.releasing.shut()
+        await house.submit("a")
+        await house.submit("b")
+        await house.engine.generation(0)
+        await house.tasks.cancel(TENANT, "a")
+        await settle()
+        assert codes(house, "a") == ["started", "error CANCELED"]
+        assert (house.engine.generations[0].is_closed, ends(house)) == (True, [])
+        await asyncio.sleep(30.0)
+        assert len(house.engine.generations) == 1
+        house.engine.releasing.open()
+        await house.engine.generation(1)
+        assert house.engine.released == [0]
+        assert ends(house) == [1]
+
+
+async def test_peer_bug_05_attempt_canceled_before_its_first_step_gives_its_slot_back() -> None:
+    async with House() as house:
+        key = TENANT, "t"
+        submitting = asyncio.create_task(house.submit())
+        await asyncio.sleep(0)  # admitted and started; the attempt has not taken a step
+        house.dispatcher.post(house.routes[0].route_id, ev.CancelRequested(key))
+        await submitting
+        await house.dispatcher.wait_idle()
+        assert house.engine.generations == []
+        assert ends(house) == [1]
+        assert house.ledger.leases() == []
+        assert codes(house) == ["started", "error CANCELED"]
+
+
+async def test_peer_bug_01_cancel_of_one_task_leaves_the_others_alone() -> None:
+    async with House(slots=2) as house:
+        for name in "abc":
+            await house.submit(name)
+        for name in "bc":
+            await house.tasks.cancel(TENANT, name)
+        generation = await house.engine.generation(0)
+        generation.send("still here")
+        generation.finish()
+        await house.dispatcher.wait_idle()
+        assert codes(house, "a") == ["started", "token", "end"]
+        assert codes(house, "b") == ["started", "error CANCELED"]
+        assert codes(house, "c") == ["error CANCELED"]
+        assert sorted(ends(house)) == [1, 2]
+
+
+async def test_cancel_that_meets_the_end_of_the_attempt_has_one_outcome() -> None:
+    async with House() as house:
+        await house.submit()
+        generation = await house.engine.generation(0)
+        generation.finish()
+        await house.tasks.cancel(TENANT, "t")  # the attempt is done, but has not reported
+        await house.dispatcher.wait_idle()
+        assert codes(house) == ["started", "error CANCELED"]
+        assert house.tasks.get(TENANT, "t").usage is None
+        assert ends(house) == [1]
+
+
+# Faults
+
+
+async def test_engine_that_refuses_the_request_ends_the_task_with_its_reason() -> None:
+    """ORCH-3153."""
+    async with House() as house:
+        house.engine.start = InvalidParams("no such grammar")
+        await house.submit()
+        await house.dispatcher.wait_idle()
+        assert codes(house) == ["started", "error INVALID_PARAMS"]
+        assert house.read_all()[-1][1]["message"] == "no such grammar"
+        assert house.suspects == []
+
+
+async def test_peer_bug_10_replica_fault_makes_the_replica_suspect_and_probed() -> None:
+    async with House() as house:
+        house.engine.start = WorkerReset("connection refused")
+        await house.submit()
+        await settle()
+        assert house.suspects == ["llamacpp-m/0"]
+        assert house.state() is TaskState.QUEUED
+        assert len(house.engine.generations) == 1
+        house.engine.start = None
+        house.tell(0, ReplicaState.READY)
+        (await house.engine.generation(1)).finish()
+        await house.dispatcher.wait_idle()
+        assert codes(house) == ["started", "end"]
+
+
+async def test_peer_bug_20_output_of_two_attempts_is_never_joined() -> None:
+    async with House(FakeEnginePort(), FakeEnginePort()) as house:
+        await house.submit()
+        generation = await house.engine.generation(0)
+        generation.send("a")
+        generation.fail(WorkerReset("gone"))
+        await house.dispatcher.wait_idle()
+        assert codes(house) == ["started", "token", "error WORKER_RESET"]
+        assert house.read_all()[-1][1]["retriable"] is True
+        assert house.engines[1].generations == []
+
+
+async def test_retry_before_the_first_token_keeps_one_started_frame() -> None:
+    """ORCH-2033."""
+    async with House(FakeEnginePort(), FakeEnginePort()) as house:
+        await house.submit()
+        (await house.engine.generation(0)).fail(WorkerReset("gone"))
+        second = await house.engines[1].generation(0)
+        second.send("a")
+        second.finish()
+        await house.dispatcher.wait_idle()
+        assert codes(house) == ["started", "token", "end"]
+        assert house.record().placed.replica_id == "llamacpp-m/1"
+        assert ends(house) == [1, 2]
+
+
+async def test_silent_engine_ends_the_task_in_a_timeout() -> None:
+    async with House() as house:
+        await house.submit()
+        (await house.engine.generation(0)).fail(DecodeTimeout("silent"))
+        await house.dispatcher.wait_idle()
+        assert codes(house) == ["started", "error DECODE_TIMEOUT"]
+        assert house.suspects == ["llamacpp-m/0"]
+
+
+async def test_bug_in_an_adapter_is_reported_and_its_text_is_not_told() -> None:
+    async with House() as house:
+        await house.submit()
+        bug = ZeroDivisionError("secret")
+        (await house.engine.generation(0)).fail(bug)
+        await house.dispatcher.wait_idle()
+        assert house.telemetry.bugs == [bug]
+        assert codes(house) == ["started", "error INTERNAL"]
+        assert "secret" not in str(house.read_all())
+        assert ends(house) == [1]
+        await house.submit("next")
+        await house.engine.generation(1)
+
+
+# The journal
+
+
+async def test_submit_answers_after_the_journal_has_it() -> None:
+    """ORCH-2001."""
+    async with House() as house:
+        house.journal.hold()
+        submitting = asyncio.create_task(house.submit())
+        await settle()
+        assert not submitting.done()
+        assert house.journal.decisions == [Accepted(TENANT, "t", "llamacpp/m", order=1)]
+        house.journal.release()
+        assert (await submitting).task_id == "t"
+
+
+async def test_cancel_answers_after_the_journal_has_it() -> None:
+    """ORCH-2041."""
+    async with House() as house:
+        await house.submit()
+        house.journal.hold()
+        cancelling = asyncio.create_task(house.tasks.cancel(TENANT, "t"))
+        await settle()
+        assert not cancelling.done()
+        assert house.journal.decisions[-1] == Ended(TENANT, "t", "CANCELED")
+        house.journal.release()
+        await cancelling
+
+
+async def test_terminal_frame_comes_after_the_journal_has_the_outcome() -> None:
+    """ORCH-2033."""
+    async with House() as house:
+        await house.submit()
+        generation = await house.engine.generation(0)
+        generation.send("a")
+        house.journal.hold()
+        generation.finish()
+        await settle()
+        assert house.state() is TaskState.SUCCEEDED
+        assert codes(house) == ["started", "token"]
+        house.journal.release()
+        await house.dispatcher.wait_idle()
+        assert codes(house) == ["started", "token", "end"]
+        assert house.journal.decisions[-1] == Ended(TENANT, "t", None)
+
+
+async def test_slow_journal_holds_up_no_slot() -> None:
+    async with House() as house:
+        await house.submit("a")
+        await house.submit("b")
+        house.journal.hold()
+        (await house.engine.generation(0)).finish()
+        await house.engine.generation(1)
+        assert codes(house, "a") == ["started"]
+
+
+async def test_tasks_that_end_while_a_commit_is_under_way_get_their_terminal_frame_after_the_next() -> None:
+    async with House(slots=2) as house:
+        await house.submit("a")
+        await house.submit("b")
+        house.journal.hold()
+        (await house.engine.generation(0)).finish()
+        await settle()
+        (await house.engine.generation(1)).finish()
+        await settle()
+        house.journal.release()
+        await house.dispatcher.wait_idle()
+        assert codes(house, "a") == codes(house, "b") == ["started", "end"]
+        assert house.journal.durable == len(house.journal.decisions) == 4
+
+
+async def test_every_accepted_task_has_one_decision_to_begin_and_one_to_end() -> None:
+    """ORCH-3118."""
+    async with House(FakeEnginePort(answer=["a"])) as house:
+        for number in range(20):
+            await house.submit(f"t{number}")
+            if number % 3 == 0:
+                await house.tasks.cancel(TENANT, f"t{number}")
+        await house.dispatcher.wait_idle()
+        begun = [d.task_id for d in house.journal.decisions if isinstance(d, Accepted)]
+        ended = [d.task_id for d in house.journal.decisions if isinstance(d, Ended)]
+        assert sorted(begun) == sorted(ended) == sorted(f"t{number}" for number in range(20))
+
+
+# The mailbox
+
+
+async def test_post_is_never_handled_within_another_post() -> None:
+    async with House() as house:
+        depth = 0
+        order: list[str] = []
+        scheduler = house.scheduler
+        handle = scheduler.handle
+
+        def watched(event: ev.Event, now: float) -> list[ev.Command]:
+            nonlocal depth
+            depth += 1
+            assert depth == 1
+            order.append(type(event).__name__)
+            if isinstance(event, ev.Tick):
+                house.dispatcher.post("llamacpp/m", ev.CancelRequested((TENANT, "nobody")))
+                order.append("posted")
+            depth -= 1
+            return handle(event, now)
+
+        scheduler.handle = watched  # type: ignore[method-assign]
+        house.dispatcher.post("llamacpp/m", ev.Tick())
+        assert order == ["Tick", "posted", "CancelRequested"]
+
+
+async def test_peer_bug_06_a_refused_submission_leaves_no_record_and_no_decision() -> None:
+    async with House(capacity=1) as house:
+        await house.submit("a")
+        await house.submit("b")
+        decided = list(house.journal.decisions)
+        with pytest.raises(AdmissionReject) as refused:
+            await house.submit("c")
+        assert refused.value.engine == "llamacpp"
+        assert house.records.find((TENANT, "c")) is None
+        assert house.journal.decisions == decided
+        await house.tasks.cancel(TENANT, "b")
+        assert (await house.submit("c")).task_id == "c"  # a refusal is not remembered
+
+
+async def test_peer_bug_12_a_full_route_refuses_while_another_is_idle() -> None:
+    routes = [route("llamacpp/m"), route("llamacpp/idle")]
+    async with House(capacity=1, routes=routes) as house:
+        await house.submit("a")
+        await house.submit("b")
+        with pytest.raises(AdmissionReject):
+            await house.submit("c")
+        assert (await house.submit("d", model_ref="idle")).state is TaskState.RUNNING
+
+
+# Time
+
+
+async def test_peer_bug_09_deadline_in_the_queue_fires_at_its_time() -> None:
+    async with House() as house:
+        await house.submit("a")
+        await house.submit("b", deadline_ms=5000)
+        await asyncio.sleep(4.9)
+        assert house.state("b") is TaskState.QUEUED
+        await asyncio.sleep(0.2)
+        assert codes(house, "b") == ["error DEADLINE_UNMET"]
+        assert house.state("a") is TaskState.RUNNING
+
+
+async def test_peer_bug_08_expired_task_never_reaches_an_engine() -> None:
+    async with House() as house:
+        await house.submit("a")
+        await house.submit("b", deadline_ms=5000)
+        await asyncio.sleep(6.0)
+        (await house.engine.generation(0)).finish()
+        await house.dispatcher.wait_idle()
+        assert len(house.engine.generations) == 1
+        assert house.tasks.get(TENANT, "b").output == ""
+
+
+async def test_wall_timeout_aborts_the_attempt() -> None:
+    policy = RoutePolicy(wall_s=60.0)
+    async with House(policy=policy) as house:
+        await house.submit()
+        await asyncio.sleep(61.0)
+        assert codes(house) == ["started", "error DECODE_TIMEOUT"]
+        assert house.engine.generations[0].is_closed
+        assert ends(house) == [1]
+
+
+async def test_task_is_canceled_when_its_reader_is_gone_for_the_grace() -> None:
+    """ORCH-2013."""
+    async with House() as house:
+        await house.submit()
+        house.follow().leave()
+        await asyncio.sleep(9.0)
+        reader = house.follow(after=1)
+        await asyncio.sleep(60.0)
+        assert house.state() is TaskState.RUNNING
+        reader.leave()
+        await asyncio.sleep(11.0)
+        assert codes(house) == ["started", "error CANCELED"]
+
+
+async def test_reader_of_a_waiting_task_hears_of_every_new_place() -> None:
+    """ORCH-2011."""
+    async with House() as house:
+        for name in "abc":
+            await house.submit(name)
+        reader = house.follow("c")
+        assert parse_all(reader.take()) == [
+            ("queued", {"queue_position": 1, "predicted_start_ms": None, "reason": "tasks_ahead"})
+        ]
+        await house.tasks.cancel(TENANT, "b")
+        await asyncio.sleep(1.1)
+        assert parse_all(reader.take()) == [
+            ("queued", {"queue_position": 0, "predicted_start_ms": None, "reason": "slots_busy"})
+        ]
+        await asyncio.sleep(60.0)
+        assert reader.take() == b""
+
+
+# The end
+
+
+async def test_wait_idle_returns_when_the_last_engine_let_go() -> None:
+    async with House() as house:
+        house.engine.releasing.shut()
+        await house.submit()
+        await house.engine.generation(0)
+        await house.tasks.cancel(TENANT, "t")
+        waiting = asyncio.create_task(house.dispatcher.wait_idle())
+        await asyncio.sleep(5.0)
+        assert not waiting.done()
+        house.engine.releasing.open()
+        async with asyncio.timeout(1.0):
+            await waiting
+
+
+async def test_idle_service_is_idle_at_once() -> None:
+    async with House() as house:
+        async with asyncio.timeout(1.0):
+            await house.dispatcher.wait_idle()
+
+
+async def test_peer_bug_28_shutdown_lets_running_streams_end() -> None:
+    """ORCH-3114."""
+    async with House() as house:
+        await house.submit("a")
+        await house.submit("b")
+        house.dispatcher.post_to_all(ev.ShutdownRequested(30.0))
+        with pytest.raises(PoolUnavailable) as refused:
+            await house.submit("late")
+        assert (refused.value.retriable, refused.value.policy_label) == (True, "shutdown")
+        assert (await house.submit("a")).task_id == "a"  # a replay still gets its answer
+        generation = await house.engine.generation(0)
+        await asyncio.sleep(20.0)
+        generation.send("x")
+        generation.finish()
+        await house.dispatcher.wait_idle()
+        assert codes(house, "a") == ["started", "token", "end"]
+        assert codes(house, "b") == ["error POOL_UNAVAILABLE"]
+
+
+async def test_shutdown_breaks_off_what_outlasts_the_grace() -> None:
+    async with House() as house:
+        await house.submit()
+        house.dispatcher.post_to_all(ev.ShutdownRequested(30.0))
+        await house.dispatcher.wait_idle()
+        assert codes(house) == ["started", "error POOL_UNAVAILABLE"]
+        assert house.engine.released == [0]
+
+
+async def test_closing_ends_every_task_with_an_error_and_never_with_success() -> None:
+    house = House()
+    async with house:
+        await house.submit("a")
+        await house.submit("b")
+        (await house.engine.generation(0)).send("x")
+    assert codes(house, "a") == ["started", "token", "error POOL_UNAVAILABLE"]
+    assert codes(house, "b") == ["error POOL_UNAVAILABLE"]
+    assert house.ledger.leases() == []
+    assert len(house.engine.generations) == 1
+
+
+async def test_attempt_that_somebody_else_cancels_is_no_success() -> None:
+    async with House() as house:
+        await house.submit()
+        await house.engine.generation(0)
+        [run] = house.dispatcher._running.values()
+        run.cancel()
+        await house.dispatcher.wait_idle()
+        assert codes(house) == ["started", "error POOL_UNAVAILABLE"]
+
+
+async def test_peer_bug_15_prompt_of_an_ended_task_is_given_back() -> None:
+    class Text(str):
+        __slots__ = ("__weakref__",)
+
+    async with House(FakeEnginePort(answer=["a"])) as house:
+        prompt, content, stop = Text("a prompt"), Text("a message"), Text("a stop")
+        gone = [weakref.ref(text) for text in (prompt, content, stop)]
+        await house.submit("p", prompt=prompt)
+        await house.submit("m", prompt=None, messages=(Message("user", content),), sampling=Sampling(stop=(stop,)))
+        del prompt, content, stop
+        await house.dispatcher.wait_idle()
+        house.engine.generations.clear()
+        house.telemetry.observed.clear()
+        await settle()
+        gc.collect()
+        assert [text() for text in gone] == [None, None, None]
+        assert house.tasks.get(TENANT, "p").output == "a"
+
+
+async def test_batch_waits_for_interactive_through_the_whole_service() -> None:
+    async with House(FakeEnginePort()) as house:
+        await house.submit("running")
+        await house.submit("b", priority=Priority.BATCH)
+        await house.submit("i")
+        (await house.engine.generation(0)).finish()
+        await house.engine.generation(1)
+        assert (house.state("i"), house.state("b")) == (TaskState.RUNNING, TaskState.QUEUED)
+
+
+async def test_peer_bug_03_random_ends_and_cancels_start_every_task_once() -> None:
+    async with House(FakeEnginePort(slots=2), FakeEnginePort(slots=2), slots=2) as house:
+        for number in range(30):
+            await house.submit(f"t{number}", prompt=f"prompt {number}")
+        seen = 0
+        while seen < 30:
+            for engine in house.engines:
+                for generation in engine.generations:
+                    if not generation.is_closed:
+                        seen += 1
+                        generation.finish()
+            await settle()
+        prompts = [generation.order.prompt for engine in house.engines for generation in engine.generations]
+        assert sorted(prompts) == sorted(f"prompt {number}" for number in range(30))

@@ -1,0 +1,412 @@
+"""Submit, look, follow and delete, as the edge calls them."""
+
+import asyncio
+import json
+
+import pytest
+
+from llorch.domain.pool import ReplicaState
+from llorch.domain.task import TaskState, WaitReason
+from llorch.errors import (
+    BudgetExhausted,
+    Conflict,
+    InvalidParams,
+    NotFound,
+    PayloadTooLarge,
+    PoolUnready,
+    QuotaExceeded,
+    StreamGone,
+    WorkerReset,
+)
+from llorch.service.limits import Limits
+from llorch.service.ports import Message, Sampling
+from llorch.service.records import Retention
+from llorch.service.tasks import SEEDS
+from llorch.testing.engine import FakeEnginePort
+from tests.unit.service.house import TENANT, House, route, settle, submission
+
+LONG = "word " * 1000
+
+
+# Idempotency
+
+
+async def test_same_submission_again_gets_the_stored_answer_and_no_second_task() -> None:
+    """ORCH-2009."""
+    async with House() as house:
+        await house.submit("running")
+        first = await house.submit("a")
+        await house.submit("b")
+        assert await house.submit("a") == first
+        (await house.engine.generation(0)).finish()
+        (await house.engine.generation(1)).finish()
+        await house.engine.generation(2)
+        assert await house.submit("a") == first
+        assert len(house.journal.decisions) == 5
+
+
+async def test_other_body_under_the_same_id_is_a_conflict() -> None:
+    async with House() as house:
+        await house.submit("a")
+        with pytest.raises(Conflict):
+            await house.submit("a", max_tokens=17)
+
+
+async def test_same_id_of_another_tenant_is_another_task() -> None:
+    async with House() as house:
+        await house.submit("a")
+        await house.tasks.submit(submission("a", tenant="other", max_tokens=3), "c")
+        assert house.record("a").submission.max_tokens == 16
+        assert house.record("a", "other").submission.max_tokens == 3
+
+
+async def test_simultaneous_submissions_of_one_id_make_one_task() -> None:
+    """ORCH-2028: both are past the first look-up while the tokenizer counts."""
+    async with House() as house:
+        house.engine.counting.shut()
+        twins = [asyncio.create_task(house.submit("a", prompt=LONG)) for _ in range(2)]
+        other = asyncio.create_task(house.submit("a", prompt=LONG + "x"))
+        await settle()
+        assert house.engine.counting.entered == 3
+        house.engine.counting.open()
+        first, second = await asyncio.gather(*twins)
+        assert first == second
+        with pytest.raises(Conflict):
+            await other
+        assert len(house.scheduler.tasks) == 1
+
+
+async def test_replay_does_not_answer_before_the_decision_is_durable() -> None:
+    async with House() as house:
+        house.journal.hold()
+        twins = [asyncio.create_task(house.submit("a")) for _ in range(2)]
+        await settle()
+        assert [twin.done() for twin in twins] == [False, False]
+        house.journal.release()
+        first, second = await asyncio.gather(*twins)
+        assert first == second
+
+
+async def test_peer_bug_04_keys_and_orders_survive_an_encoding() -> None:
+    async with House() as house:
+        for name in "abc":
+            await house.submit(name)
+        entries = [(entry.tenant, entry.task_id, entry.order) for entry in house.journal.decisions]  # type: ignore[union-attr]
+        assert [tuple(entry) for entry in json.loads(json.dumps(entries))] == entries
+        assert [order for _, _, order in entries] == [1, 2, 3]
+
+
+async def test_task_id_of_a_forgotten_record_can_be_used_anew() -> None:
+    async with House(FakeEnginePort(answer=["a"]), retention=Retention(1.0, 2.0)) as house:
+        await house.submit("a")
+        await asyncio.sleep(3.0)
+        with pytest.raises(NotFound):
+            house.tasks.get(TENANT, "a")
+        await house.submit("a", max_tokens=17)
+        assert house.record("a").submission.max_tokens == 17
+
+
+# Checks before the queue
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        {"has_budgets": True},
+        {"max_tokens": 33_000},
+        {"expected_tokens": 17},
+        {"ctx": 5000},
+        {"max_tokens": 4096},
+        {"sampler_profile_version": "2"},
+        {"sampling": Sampling(grammar="root ::= x")},
+        {"sampling": Sampling(json_schema={})},
+        {"prompt": None},
+    ],
+)
+async def test_peer_bug_06_what_cannot_be_done_is_refused_and_leaves_nothing(wish: dict[str, object]) -> None:
+    async with House() as house:
+        with pytest.raises(InvalidParams):
+            await house.submit("a", **wish)
+        assert house.records.find((TENANT, "a")) is None
+        assert len(house.ledger.sessions) == len(house.journal.decisions) == 0
+        assert house.telemetry.rejections == ["INVALID_PARAMS"]
+
+
+async def test_strict_task_is_refused_where_nothing_is_exact() -> None:
+    """ORCH-3147."""
+    async with House(routes=[route(can_be_strict=False)]) as house:
+        with pytest.raises(InvalidParams):
+            await house.submit(strict=True)
+
+
+async def test_prompt_beyond_the_limit_is_too_large() -> None:
+    async with House(limits=Limits(prompt_chars=10)) as house:
+        with pytest.raises(PayloadTooLarge):
+            await house.submit(prompt="x" * 11)
+        with pytest.raises(PayloadTooLarge):
+            await house.submit(prompt=None, messages=(Message("user", "x" * 6), Message("user", "y" * 5)))
+
+
+async def test_model_of_several_engines_needs_the_engine() -> None:
+    """ORCH-2023."""
+    routes = [route("llamacpp/m"), route("vllm/m")]
+    async with House(routes=routes) as house:
+        with pytest.raises(InvalidParams) as refused:
+            await house.submit()
+        assert refused.value.details == {"engines": ["llamacpp", "vllm"]}
+        await house.submit(engine="vllm")
+        assert house.record().route.engine == "vllm"
+        for wish in ({"model_ref": "nobody"}, {"engine": "tgi"}, {"workload": "embedding"}):
+            with pytest.raises(NotFound):
+                await house.submit("other", **wish)
+
+
+async def test_seed_follows_from_the_task_id_when_none_is_given() -> None:
+    """ORCH-2024."""
+    async with House() as house:
+        for name in ("a", "b"):
+            await house.submit(name)
+        await house.tasks.submit(submission("a", tenant="other"), "c")
+        await house.submit("c", seed=0)
+        assert house.record("a").seed == house.record("a", "other").seed != house.record("b").seed
+        assert 0 <= house.record("a").seed < SEEDS == 4294967295
+        assert house.record("c").seed == 0
+
+
+# The context
+
+
+async def test_prompt_that_does_not_fit_is_refused_before_the_queue() -> None:
+    async with House() as house:
+        house.engine.count = lambda text: 4081
+        with pytest.raises(InvalidParams):
+            await house.submit(prompt=LONG)
+        assert house.records.find((TENANT, "t")) is None
+
+
+async def test_peer_bug_14_others_are_served_while_a_tokenizer_counts() -> None:
+    async with House(slots=2) as house:
+        house.engine.counting.shut()
+        counting = asyncio.create_task(house.submit("long", prompt=LONG))
+        await settle()
+        assert (await house.submit("short")).state is TaskState.RUNNING
+        assert not counting.done()
+        house.engine.counting.open()
+        await counting
+
+
+async def test_without_a_ready_replica_a_task_is_admitted_unchecked_and_checked_at_its_start() -> None:
+    """ORCH-3113."""
+    async with House() as house:
+        house.tell(0, ReplicaState.LOADING)
+        house.engine.count = lambda text: 4081
+        assert (await house.submit(prompt=LONG)).state is TaskState.QUEUED
+        assert house.engine.counting.entered == 0
+        house.tell(0, ReplicaState.READY)
+        await house.dispatcher.wait_idle()
+        assert [event for event, _ in house.read_all()] == ["started", "error"]
+        assert house.read_all()[-1][1]["code"] == "INVALID_PARAMS"
+        assert house.engine.generations == []
+
+
+async def test_tokenizer_that_cannot_be_reached_does_not_refuse_the_task() -> None:
+    async with House() as house:
+        await house.submit("running")
+        house.engine.tokenizer = WorkerReset("gone")
+        assert (await house.submit(prompt=LONG)).state is TaskState.QUEUED
+
+
+async def test_messages_reach_the_engine_in_its_own_template() -> None:
+    """ORCH-2020."""
+    async with House() as house:
+        await house.submit(prompt=None, messages=(Message("user", "hello"),))
+        assert (await house.engine.generation(0)).order.prompt == "<user> hello\n"
+
+
+async def test_sampling_of_the_task_overrides_the_profile_one_by_one() -> None:
+    """ORCH-2025."""
+    profile = Sampling(temperature=0.5, top_k=40)
+    async with House(routes=[route(sampling=profile)]) as house:
+        await house.submit(sampling=Sampling(temperature=0.0, stop=("x",)))
+        order = (await house.engine.generation(0)).order
+        assert order.sampling == Sampling(temperature=0.0, top_k=40, stop=("x",))
+
+
+async def test_every_replica_gone_refuses() -> None:
+    async with House() as house:
+        house.tell(0, ReplicaState.FAILED)
+        with pytest.raises(PoolUnready):
+            await house.submit()
+
+
+# Looking
+
+
+async def test_view_of_a_task_tells_its_way() -> None:
+    """ORCH-2010."""
+    async with House() as house:
+        await house.submit("first")
+        await house.submit("a")
+        waiting = house.tasks.get(TENANT, "a")
+        assert (waiting.state, waiting.queue_position, waiting.output) == (TaskState.QUEUED, 0, None)
+        assert waiting.timeline.wait_reasons == (WaitReason.SLOTS_BUSY,)
+        house.clock.advance(2.0)
+        (await house.engine.generation(0)).finish()
+        generation = await house.engine.generation(1)
+        house.clock.advance(1.0)
+        generation.send("x")
+        house.clock.advance(1.0)
+        generation.finish("stop")
+        await house.dispatcher.wait_idle()
+        view = house.tasks.get(TENANT, "a")
+        start = view.timeline.accepted_at
+        assert (view.state, view.output, view.finish_reason) == (TaskState.SUCCEEDED, "x", "stop")
+        assert view.timeline.waited_ms == 2000
+        assert view.timeline.first_token_at == pytest.approx(start + 3.0)
+        assert view.timeline.ended_at == pytest.approx(start + 4.0)
+        assert view.timeline.wait_reasons == (WaitReason.SLOTS_BUSY,)
+        assert view.placement is not None
+        assert view.placement.attempt_id == 2
+
+
+async def test_output_lives_as_long_as_the_transcript() -> None:
+    async with House(FakeEnginePort(answer=["a"]), retention=Retention(10.0, 100.0)) as house:
+        await house.submit()
+        await asyncio.sleep(9.0)
+        assert house.tasks.get(TENANT, "t").output == "a"
+        await asyncio.sleep(2.0)
+        assert house.tasks.get(TENANT, "t").output is None
+
+
+async def test_list_gives_own_tasks_in_pages_newest_first() -> None:
+    async with House() as house:
+        for number in range(5):
+            await house.submit(f"t{number}", session_id=f"s{number % 2}")
+        await house.tasks.submit(submission("foreign", tenant="other"), "c")
+        seen: list[str] = []
+        cursor: str | None = None
+        while True:
+            page, cursor = house.tasks.list(TENANT, state=None, session_id=None, limit=2, cursor=cursor)
+            seen += [view.task_id for view in page]
+            if cursor is None:
+                break
+            await house.submit(f"new {len(seen)}")  # a page does not shift when tasks arrive
+        assert seen == ["t4", "t3", "t2", "t1", "t0"]
+        queued, _ = house.tasks.list(TENANT, state=TaskState.QUEUED, session_id="s0", limit=10, cursor=None)
+        assert [view.task_id for view in queued] == ["t4", "t2"]
+
+
+@pytest.mark.parametrize("cursor", ["", "x", "ü", "AAAA", "=" * 20])
+async def test_cursor_that_was_not_given_out_is_refused(cursor: str) -> None:
+    async with House() as house:
+        with pytest.raises(InvalidParams):
+            house.tasks.list(TENANT, state=None, session_id=None, limit=2, cursor=cursor)
+
+
+@pytest.mark.parametrize("tenant", ["other", ""])
+async def test_peer_bug_22_foreign_task_is_not_found(tenant: str) -> None:
+    """ORCH-2036."""
+    async with House() as house:
+        await house.submit()
+        for look in (lambda: house.tasks.get(tenant, "t"), lambda: house.tasks.follow(tenant, "t", 0)):
+            with pytest.raises(NotFound):
+                look()
+        with pytest.raises(NotFound):
+            await house.tasks.cancel(tenant, "t")
+        assert house.state() is TaskState.RUNNING
+
+
+# Following
+
+
+async def test_resume_is_answered_by_what_was_sent() -> None:
+    async with House(FakeEnginePort(answer=["a"]), retention=Retention(10.0, 100.0)) as house:
+        await house.submit()
+        await house.dispatcher.wait_idle()
+        assert house.follow(after=2).take().startswith(b"id: 3\nevent: end\n")
+        assert house.tasks.follow(TENANT, "t", 3) is None
+        with pytest.raises(InvalidParams):
+            house.tasks.follow(TENANT, "t", 4)
+        await asyncio.sleep(11.0)
+        with pytest.raises(StreamGone):
+            house.tasks.follow(TENANT, "t", 0)
+
+
+async def test_open_streams_are_limited_and_leaving_makes_room() -> None:
+    async with House(limits=Limits(open_streams=2)) as house:
+        await house.submit()
+        first, _ = house.follow(), house.follow()
+        with pytest.raises(QuotaExceeded) as refused:
+            house.follow()
+        assert refused.value.policy_label == "open-streams"
+        first.leave()
+        first.leave()
+        house.follow()
+        assert len(house.readers) == 2
+
+
+async def test_reader_of_a_forgotten_task_does_not_count_for_a_new_one_of_that_id() -> None:
+    async with House(FakeEnginePort(), retention=Retention(records_per_tenant=1)) as house:
+        await house.submit("a")
+        (await house.engine.generation(0)).finish()
+        await house.dispatcher.wait_idle()
+        old = house.follow("a")
+        await house.submit("b")
+        (await house.engine.generation(1)).finish()
+        await house.dispatcher.wait_idle()
+        await house.submit("a")
+        house.follow("a")
+        old.leave()
+        await asyncio.sleep(60.0)
+        assert house.state("a") is TaskState.RUNNING
+        assert house.record("a").admitted.readers == 1
+
+
+# Sessions
+
+
+async def test_session_tells_its_turns_and_what_is_left_of_its_time() -> None:
+    """ORCH-2004."""
+    async with House(turns=2) as house:
+        await house.submit("a", session_id="s")
+        await house.submit("b", session_id="s")
+        house.clock.advance(100.0)
+        view = house.sessions.get(TENANT, "s")
+        assert (view.turns, view.turns_max, view.ttl_ms_remaining) == (2, 2, 500_000)
+        with pytest.raises(BudgetExhausted) as refused:
+            await house.submit("c", session_id="s")
+        assert refused.value.retry_after_ms == 500_000
+        with pytest.raises(NotFound):
+            house.sessions.get("other", "s")
+        house.clock.advance(500.0)
+        with pytest.raises(NotFound):
+            house.sessions.get(TENANT, "s")
+
+
+async def test_peer_bug_07_simultaneous_submissions_do_not_overrun_the_turns() -> None:
+    async with House(turns=3, slots=1) as house:
+        house.engine.counting.shut()
+        many = [
+            asyncio.create_task(house.submit(f"t{number}", session_id="s", prompt=LONG, max_tokens=20))
+            for number in range(10)
+        ]
+        await settle()
+        house.engine.counting.open()
+        outcomes = await asyncio.gather(*many, return_exceptions=True)
+        assert sum(isinstance(outcome, BudgetExhausted) for outcome in outcomes) == 7
+        assert house.sessions.get(TENANT, "s").turns == 3
+
+
+async def test_deleting_a_session_cancels_its_tasks_on_every_route() -> None:
+    """ORCH-2005."""
+    async with House(routes=[route("llamacpp/m"), route("vllm/n")]) as house:
+        await house.submit("a", session_id="s")
+        await house.submit("b", session_id="s", model_ref="n")
+        await house.submit("c")
+        await settle()
+        await house.sessions.delete(TENANT, "s")
+        assert [house.state(name) for name in "ab"] == [TaskState.CANCELED] * 2
+        with pytest.raises(NotFound):
+            await house.sessions.delete(TENANT, "s")
+        await house.engine.generation(2)
+        assert house.state("c") is TaskState.RUNNING
