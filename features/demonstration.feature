@@ -6,10 +6,13 @@ Feature: The demonstration
 
   @ORCH-3245 @ORCH-2001 @ORCH-2002 @ORCH-3174
   Scenario: A real model answers, token by token
-    When Alice asks smollm2-135m-instruct: "What is the capital of France?"
-    And Alice reads the stream of "the question" to its end
+    When Alice has smollm2-135m-instruct continue: "The capital of France is"
+    And Alice reads the stream of "the text" to its end
     Then it is a started frame, tokens, and an end
     And the answer contains "Paris"
+    When Alice asks smollm2-135m-instruct: "Why is the sky blue?"
+    And Alice reads the stream of "the question" to its end
+    Then it is a started frame, tokens, and an end
 
   @ORCH-1101 @ORCH-3264 @ORCH-3096
   Scenario: It says plainly that it is a CPU demonstration

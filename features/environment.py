@@ -17,6 +17,7 @@ from tests.support.deployment import Deployments  # noqa: E402 (behave does not 
 
 def before_all(context: Context) -> None:
     context.deployments = Deployments()
+    context.measurements = []
 
 
 def before_scenario(context: Context, scenario: Scenario) -> None:
@@ -29,4 +30,6 @@ def after_scenario(context: Context, scenario: Scenario) -> None:
 
 
 def after_all(context: Context) -> None:
+    for line in context.measurements:
+        print(f"measured: {line}")  # noqa: T201 (what the journeys found out belongs into their report)
     context.deployments.stop()

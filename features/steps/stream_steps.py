@@ -192,7 +192,8 @@ def step_cancel_prefill(context: Context, who: str, model: str, tokens: int) -> 
 @then("the engine of {model:Model} had freed the slot within {limit:d} ms, in the median")
 def step_freed(context: Context, model: str, limit: int) -> None:
     taken = context.world.facts["freed_ms"]
-    print(f"slot of {model} free after the cancel, by its own /slots, in ms: {[round(each, 1) for each in taken]}")  # noqa: T201
+    shown = ", ".join(f"{each:.0f}" for each in taken)
+    context.measurements.append(f"ms from a cancel until the slot of {model} is free, by its own /slots: {shown}")
     assert statistics.median(taken) <= limit, taken
 
 

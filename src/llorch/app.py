@@ -116,6 +116,8 @@ class Service:
             keys=[_key(key) for key in settings.keys],
             metrics_text=lambda: self.telemetry.render(self._samples()),
             lifespan=self.lifespan,
+            observe=self.telemetry.observe_request,
+            is_shutting_down=lambda: self.pools.is_draining,
         )
 
     @asynccontextmanager
@@ -147,7 +149,7 @@ class Service:
 
     def _describe(self, key: TaskKey) -> dict[str, str]:
         """What log lines about a task say of it, beside its id."""
-        record = self.dispatcher.records.find(key)
+        record = self.dispatcher.find(key)
         if record is None:
             return {}
         return {"correlation_id": record.correlation_id, "session_id": record.submission.session_id}
@@ -215,6 +217,7 @@ async def _serve_until_signal(service: Service) -> None:
         port=server.port,
         cert=server.tls.cert if server.tls else None,
         key=server.tls.key if server.tls else None,
+        header_bytes=server.limits.header_bytes,
         connections=server.limits.connections,
     )
     if not service.settings.keys:

@@ -37,6 +37,8 @@ SESSION = "00000000-0000-4000-8000-0000000000a1"
 NEW_SESSION = "00000000-0000-4000-8000-0000000000a2"
 EVICTED_SESSION = "00000000-0000-4000-8000-0000000000a3"
 UNKNOWN_SESSION = "00000000-0000-4000-8000-0000000000a4"
+SPENT_SESSION = "00000000-0000-4000-8000-0000000000a5"
+SPENT_TASK = "00000000-0000-4000-8000-000000000008"
 TOKEN_FRAMES = 2
 LAST_ID = TOKEN_FRAMES + 2
 
@@ -53,7 +55,8 @@ EVICTABLE: State = (
     {"model_ref": MODEL, "task_id": EVICTED_TASK, "session_id": EVICTED_SESSION, "token_frames": TOKEN_FRAMES},
 )
 WAITS: State = ("a task that waits in the queue", {"model_ref": MODEL, "task_id": WAITING_TASK})
-FULL: State = ("a route whose queue is full and whose drain rate is known", {"model_ref": MODEL})
+FULL: State = ("a route whose queue is full", {"model_ref": MODEL})
+SPENT: State = ("a session that has had all its turns", {"model_ref": MODEL, "session_id": SPENT_SESSION})
 
 
 def any_of(*matchers: Rule) -> Rule:
@@ -127,13 +130,14 @@ class Interaction:
         answer.with_matching_rules(rules, "Response")
 
 
-def refused(code: str, status: int, act: Callable[[AsyncClient], Awaitable[object]]) -> Callable[[AsyncClient], Any]:
+def refused(
+    code: str, status: int, act: Callable[[AsyncClient], Awaitable[object]], *, advised_wait_s: float | None = None
+) -> Callable[[AsyncClient], Any]:
     async def check(client: AsyncClient) -> None:
         with pytest.raises(ApiError) as told:
             await act(client)
         assert (told.value.status, told.value.code) == (status, code)
-        if status == 429:
-            assert told.value.advised_wait_s == 1.73
+        assert told.value.advised_wait_s == advised_wait_s
 
     return check
 
@@ -313,11 +317,17 @@ INTERACTIONS = [
     ),
     Interaction(
         "a task for a full queue", "POST", "/v1/tasks",
-        problem(429, "ADMISSION_REJECT", retriable=True, headers={
-            "Retry-After": ("2", DIGITS), "X-Backoff-Ms": ("1730", DIGITS),
-        }),
+        problem(429, "ADMISSION_REJECT", retriable=True),
         states=(FULL,), body={**PROMPT, "task_id": FULL_TASK},
         act=refused("ADMISSION_REJECT", 429, lambda client: client.submit(**{**PROMPT, "task_id": FULL_TASK})),
+    ),
+    Interaction(
+        "a task for a session without turns", "POST", "/v1/tasks",
+        problem(429, "BUDGET_EXHAUSTED", headers={"Retry-After": ("2", DIGITS), "X-Backoff-Ms": ("1730", DIGITS)}),
+        states=(SPENT,), body={**PROMPT, "task_id": SPENT_TASK, "session_id": SPENT_SESSION},
+        act=refused("BUDGET_EXHAUSTED", 429, lambda client: client.submit(
+            **{**PROMPT, "task_id": SPENT_TASK, "session_id": SPENT_SESSION}
+        ), advised_wait_s=1.73),
     ),
     Interaction(
         "a task that succeeded", "GET", f"/v1/tasks/{SUCCEEDED_TASK}", Reply(200, TASK, TASK_RULES),

@@ -18,6 +18,7 @@ from llorch.api.auth import KeyRecord, Keys
 from llorch.api.compiled import CompiledOperations, CompiledRouting, Handler
 from llorch.api.context import Context
 from llorch.api.correlation import Correlation
+from llorch.api.exchange import Observe
 from llorch.api.guard import Guard
 from llorch.api.handlers import Handlers
 from llorch.api.ports import Pools, Sessions, Tasks
@@ -40,10 +41,12 @@ def build_api(
     keys: Sequence[KeyRecord] = (),
     lifespan: Lifespan | None = None,
     is_shutting_down: Callable[[], bool] = lambda: False,
+    observe: Observe | None = None,
 ) -> ASGIApp:
     """The application that serves the contract. Without `keys` it is for loopback only.
 
-    `lifespan` is entered when the server starts and left when it has stopped; it gets the application.
+    `lifespan` is entered when the server starts and left when it has stopped; it gets the application. `observe` is
+    told of every answer.
     """
     handlers = Handlers(
         tasks=tasks,
@@ -53,11 +56,16 @@ def build_api(
         metrics_text=metrics_text,
         is_shutting_down=is_shutting_down,
     )
-    return serve_operations(handlers, limits=limits, keys=Keys(keys), lifespan=lifespan)
+    return serve_operations(handlers, limits=limits, keys=Keys(keys), lifespan=lifespan, observe=observe)
 
 
 def serve_operations(
-    operations: Operations[Context], *, limits: Limits, keys: Keys, lifespan: Lifespan | None = None
+    operations: Operations[Context],
+    *,
+    limits: Limits,
+    keys: Keys,
+    lifespan: Lifespan | None = None,
+    observe: Observe | None = None,
 ) -> ASGIApp:
     """Binds handlers to the contract's routes. Raises AttributeError when an operation has no handler."""
     app = ConnexionMiddleware(
@@ -66,7 +74,7 @@ def serve_operations(
         lifespan=lifespan or _nothing,
         resolver=_resolver(table(operations)),
         middlewares=[
-            Correlation,
+            partial(Correlation, observe=observe),
             Problems,
             partial(Guard, header_bytes=limits.header_bytes, is_keyless=keys.is_keyless),
             LifespanMiddleware,

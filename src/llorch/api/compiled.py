@@ -75,6 +75,7 @@ class CompiledOperation:
     """One operation: who may call it, what it takes, who handles it."""
 
     def __init__(self, route: Route, handler: Handler, *, keys: Keys, body_bytes: int) -> None:
+        self._operation_id = route.operation_id
         self._handler = handler
         self._keys = keys
         self._scope = route.scope
@@ -86,6 +87,7 @@ class CompiledOperation:
 
     async def __call__(self, scope: Scope, receive: Receive, _send: Send) -> None:
         exchange = exchange_of(scope)
+        exchange.operation = self._operation_id
         identity = self._admit(exchange)
         arguments = self._parameters.read(scope["path_params"], scope["query_string"], exchange.headers)
         if self._body is not None:

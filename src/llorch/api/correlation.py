@@ -5,7 +5,7 @@ import secrets
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from llorch.api.exchange import SCOPE_KEY, Exchange
+from llorch.api.exchange import SCOPE_KEY, Exchange, Observe
 
 HEADER = b"x-correlation-id"
 
@@ -28,12 +28,13 @@ def new_correlation_id() -> str:
 class Correlation:
     """Opens the Exchange of a request."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, observe: Observe | None = None) -> None:
         self._app = app
+        self._observe = observe
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            scope[SCOPE_KEY] = Exchange(scope, receive, send, correlation_id_of(scope["headers"]))
+            scope[SCOPE_KEY] = Exchange(scope, receive, send, correlation_id_of(scope["headers"]), self._observe)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close"})
             return

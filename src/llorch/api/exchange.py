@@ -4,7 +4,7 @@ So every response that has headers carries the correlation id and the security h
 """
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 from starlette.types import Receive, Scope, Send
@@ -12,6 +12,11 @@ from starlette.types import Receive, Scope, Send
 SCOPE_KEY = "llorch.exchange"
 
 Header = tuple[bytes, bytes]
+
+Observe = Callable[[str, int], None]
+"""Takes note of an answered request: its operationId, or NO_OPERATION, and the status."""
+
+NO_OPERATION = "none"
 
 _ALWAYS: tuple[Header, ...] = ((b"cache-control", b"no-store"), (b"x-content-type-options", b"nosniff"))
 
@@ -22,19 +27,25 @@ class Exchange:
     `headers` has lower-case names; of a header that comes twice the last counts.
     """
 
-    __slots__ = ("correlation_id", "has_started", "headers", "receive", "scope", "send")
+    __slots__ = ("correlation_id", "has_started", "headers", "observe", "operation", "receive", "scope", "send")
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, correlation_id: str) -> None:
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, correlation_id: str, observe: Observe | None = None
+    ) -> None:
         self.scope = scope
         self.receive = receive
         self.send = send
         self.correlation_id = correlation_id
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         self.has_started = False
+        self.observe = observe
+        self.operation = NO_OPERATION
 
     async def start(self, status: int, headers: Iterable[Header] = ()) -> None:
         """Send the status line and the headers. Only once."""
         self.has_started = True
+        if self.observe is not None:
+            self.observe(self.operation, status)
         correlation = (b"x-correlation-id", self.correlation_id.encode())
         await self.send({"type": "http.response.start", "status": status, "headers": [correlation, *_ALWAYS, *headers]})
 

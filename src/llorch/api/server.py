@@ -9,11 +9,14 @@ import logging
 import signal
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType
 from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
+
+from llorch.api.protocol import Protocol
 
 LAST_WORDS_S = 5
 """Seconds that open connections have, after the drain, to take their last frames."""
@@ -21,12 +24,16 @@ LAST_WORDS_S = 5
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where to listen, and with which certificate. `cert` and `key` are files in PEM, both or neither."""
+    """Where to listen, with which certificate, and how much to take.
+
+    `cert` and `key` are files in PEM, both or neither; `connections` is the most that may be open at once.
+    """
 
     host: str
     port: int
     cert: str | None = None
     key: str | None = None
+    header_bytes: int = 32 * 1024
     connections: int | None = None
 
 
@@ -41,8 +48,7 @@ class Server(uvicorn.Server):
                 port=address.port,
                 ssl_certfile=address.cert,
                 ssl_keyfile=address.key,
-                limit_concurrency=address.connections,
-                http="httptools",
+                http=partial(Protocol, header_bytes=address.header_bytes, connections=address.connections),  # type: ignore[arg-type]  # uvicorn calls it, and asks for no more
                 loop="uvloop",
                 ws="none",
                 lifespan="on",

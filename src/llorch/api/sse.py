@@ -8,10 +8,13 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator
 from typing import Any, cast
 
+import structlog
 from starlette.types import Message
 
 from llorch.api.exchange import Exchange
 from llorch.service.streams import Reader
+
+_log = structlog.get_logger("llorch.api")
 
 HEADERS = ((b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no"))
 
@@ -71,6 +74,10 @@ class _Sender:
         try:
             awaited = sending.send(None)
         except StopIteration:
+            return
+        except Exception as exc:  # noqa: BLE001 (whoever appended the frame has nothing to do with it)
+            reader.on_ready = None
+            _log.error("stream_failed", exc_info=exc)
             return
         self._waiting = asyncio.ensure_future(self._send_rest(sending, awaited))
 

@@ -1,10 +1,11 @@
 """What must happen at a certain time, at most one entry per kind and task."""
 
+import heapq
 from enum import IntEnum
 
-from sortedcontainers import SortedSet
-
 from llorch.domain.task import TaskKey
+
+_SLACK = 64
 
 
 class Timer(IntEnum):
@@ -16,42 +17,60 @@ class Timer(IntEnum):
     SHUTDOWN = 4
 
 
+_Entry = tuple[float, int, TaskKey]
+
+
 class Timers:
-    """A timetable in O(log n). Times are seconds of the caller's clock."""
+    """A timetable: setting and clearing cost O(log n). Times are seconds of the caller's clock.
+
+    Cleared entries stay in the heap until they come up, or until they outnumber the live ones.
+    """
 
     def __init__(self) -> None:
-        self._at: dict[tuple[TaskKey, Timer], float] = {}
-        self._table: SortedSet[tuple[float, Timer, TaskKey]] = SortedSet()
+        self._at: dict[tuple[TaskKey, int], float] = {}
+        self._heap: list[_Entry] = []
 
     def __len__(self) -> int:
         return len(self._at)
 
     def set(self, task: TaskKey, timer: Timer, at: float) -> None:
         """Wake for this at `at`, instead of any time set before."""
-        self.clear(task, timer)
         self._at[task, timer] = at
-        self._table.add((at, timer, task))
+        heapq.heappush(self._heap, (at, timer, task))
 
     def clear(self, task: TaskKey, timer: Timer) -> None:
         """Do not wake for this. Idempotent."""
-        at = self._at.pop((task, timer), None)
-        if at is not None:
-            self._table.remove((at, timer, task))
+        if self._at.pop((task, timer), None) is not None:
+            self._tidy()
 
     def clear_all(self, task: TaskKey) -> None:
         """Forget everything set for the task."""
         for timer in Timer:
-            self.clear(task, timer)
+            self._at.pop((task, timer), None)
+        self._tidy()
 
     def pop_due(self, now: float) -> list[tuple[TaskKey, Timer]]:
         """Take out what is due, earliest first."""
         due: list[tuple[TaskKey, Timer]] = []
-        while self._table and self._table[0][0] <= now:
-            _, timer, task = self._table.pop(0)
-            del self._at[task, timer]
-            due.append((task, timer))
+        while self._heap and self._heap[0][0] <= now:
+            entry = heapq.heappop(self._heap)
+            if self._is_live(entry):
+                _, timer, task = entry
+                del self._at[task, timer]
+                due.append((task, Timer(timer)))
         return due
 
     def next_at(self) -> float | None:
         """When the next entry is due."""
-        return self._table[0][0] if self._table else None
+        while self._heap and not self._is_live(self._heap[0]):
+            heapq.heappop(self._heap)
+        return self._heap[0][0] if self._heap else None
+
+    def _is_live(self, entry: _Entry) -> bool:
+        at, timer, task = entry
+        return self._at.get((task, timer)) == at
+
+    def _tidy(self) -> None:
+        if len(self._heap) > 2 * len(self._at) + _SLACK:
+            self._heap = [(at, timer, task) for (task, timer), at in self._at.items()]
+            heapq.heapify(self._heap)

@@ -19,14 +19,14 @@ _REMEDY: Final = "`make setup` installs it"
 
 
 async def find_demo_model() -> Path:
-    """The demonstration model, checked. Raises LaunchError with the remedy when it is absent or another file."""
+    """The demonstration model, checked. Raises LaunchError with the remedy when it is absent or not the one."""
     path = locate_demo_model()
     await verify_digest(path, DEMO_MODEL_SHA256)
     return path
 
 
 def locate_demo_model() -> Path:
-    """Where the file should be, unchecked. Raises LaunchError when the distribution is not installed or has no model."""
+    """Where the file should be, unchecked. Raises LaunchError when it is not installed."""
     try:
         files = metadata.distribution(_DISTRIBUTION).files or []
     except metadata.PackageNotFoundError as exc:

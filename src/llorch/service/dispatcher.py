@@ -108,6 +108,10 @@ class Dispatcher:
         await self._journal.commit()
         return acceptance
 
+    def find(self, key: TaskKey) -> Record | None:
+        """The record of a task, also of one that is just being decided on."""
+        return self._submitted.get(key) or self.records.find(key)
+
     async def commit(self) -> None:
         """Return when all that was decided so far is durable."""
         await self._journal.commit()
@@ -187,6 +191,7 @@ class Dispatcher:
     def _report_end(self, route_id: str, attempt: Attempt, run: "asyncio.Task[Fault | None]") -> None:
         """Whatever happened to the attempt, exactly one AttemptEnded tells it."""
         del self._running[attempt.attempt_id]
+        fault: Fault | None
         if run.cancelled():
             fault = SHUTDOWN  # for a task that is still live: it was not told to stop by its scheduler
         elif (error := run.exception()) is not None:

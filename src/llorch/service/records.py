@@ -20,8 +20,8 @@ from llorch.service.submission import Acceptance, Placement, Submission
 class Record:
     """One accepted task: what was asked, what the scheduler makes of it, and its stream.
 
-    `number` grows with acceptance over all routes. `queue_position` is the place at acceptance. `prompt` is given back when the task has ended. `accepted_wall` in
-    seconds since the Unix epoch.
+    `number` grows with acceptance over all routes, `queue_position` is the place at acceptance, `accepted_wall` in
+    seconds since the Unix epoch. `prompt` is given back when the task has ended.
     """
 
     submission: Submission

@@ -192,7 +192,8 @@ class OpenReaders:
 
     def __init__(self, heartbeat_s: float) -> None:
         self._heartbeat_s = heartbeat_s
-        self._readers: set[Reader] = set()
+        self._readers: dict[Reader, str] = {}
+        self._by_tenant: dict[str, set[Reader]] = {}
 
     def __len__(self) -> int:
         return len(self._readers)
@@ -200,13 +201,23 @@ class OpenReaders:
     def __iter__(self) -> Iterator[Reader]:
         return iter(self._readers)
 
-    def add(self, reader: Reader) -> None:
+    def count(self, tenant: str) -> int:
+        """How many of the tenant's readers are open."""
+        return len(self._by_tenant.get(tenant, ()))
+
+    def add(self, reader: Reader, tenant: str = "") -> None:
         """Beat for this one too."""
-        self._readers.add(reader)
+        self._readers[reader] = tenant
+        self._by_tenant.setdefault(tenant, set()).add(reader)
 
     def discard(self, reader: Reader) -> None:
         """Beat no more for it. Idempotent."""
-        self._readers.discard(reader)
+        tenant = self._readers.pop(reader, None)
+        if tenant is None:
+            return
+        self._by_tenant[tenant].discard(reader)
+        if not self._by_tenant[tenant]:
+            del self._by_tenant[tenant]
 
     async def beat(self) -> None:
         """Sweep for ever; a silent stream gets a heartbeat after at most `heartbeat_s` seconds."""

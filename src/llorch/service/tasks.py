@@ -5,7 +5,7 @@ import binascii
 import hashlib
 
 from llorch.domain import events as ev
-from llorch.domain.task import Priority, TaskKey, TaskSpec, TaskState
+from llorch.domain.task import Priority, TaskSpec, TaskState
 from llorch.errors import Conflict, InvalidParams, LlorchError, PayloadTooLarge, QuotaExceeded
 from llorch.service.dispatcher import Dispatcher
 from llorch.service.limits import Limits
@@ -49,30 +49,39 @@ class Tasks:
         1. known already: the stored answer, or Conflict. 2. the route. 3. what can be said without an engine. 4. the
         context, which may ask an engine. 5. known in the meantime? 6. the scheduler's decision.
         """
-        key = (submission.tenant, submission.task_id)
-        if (stored := self._replay(key, submission)) is not None:
-            await self._dispatcher.commit()
-            return stored
         try:
-            record = await self._prepare(submission, correlation_id)
+            found = self._replay(submission) or await self._prepare(submission, correlation_id)
+            found = self._replay(submission) or found
         except LlorchError as error:
-            self._telemetry.observe_rejection(error.engine, error.code)
+            self._telemetry.observe_rejection(
+                error.engine,
+                error.code,
+                policy=error.policy_label,
+                tenant=submission.tenant,
+                task_id=submission.task_id,
+                correlation_id=correlation_id,
+            )
             raise
-        if (stored := self._replay(key, submission)) is not None:
+        if isinstance(found, Acceptance):
             await self._dispatcher.commit()
-            return stored
-        return await self._dispatcher.submit(record, ev.TaskSubmitted(_spec_of(submission)))
+            return found
+        return await self._dispatcher.submit(found, ev.TaskSubmitted(_spec_of(submission)))
 
     async def _prepare(self, submission: Submission, correlation_id: str) -> Record:
         route = self._pools.routes.resolve(submission.model_ref, submission.engine, submission.workload)
-        self._check_wishes(submission, route)
+        try:
+            self._check_wishes(submission, route)
+            prompt = await self._check_context(submission, route)
+        except LlorchError as error:
+            error.engine = error.engine or route.engine
+            raise
         return Record(
             submission=submission,
             route=route,
             seed=_seed_of(submission),
             correlation_id=correlation_id,
             accepted_wall=self._clock.wall(),
-            prompt=await self._check_context(submission, route),
+            prompt=prompt,
         )
 
     async def cancel(self, tenant: str, task_id: str) -> None:
@@ -114,8 +123,8 @@ class Tasks:
             raise InvalidParams(f"frame {after} was never sent; the newest is {stream.last_id}")
         if stream.is_closed and after and after == stream.last_id:
             return None
-        if len(self._readers) >= self._limits.open_streams:
-            raise QuotaExceeded(f"{len(self._readers)} streams are open already", policy_label="open-streams")
+        if (count := self._readers.count(tenant)) >= self._limits.open_streams:
+            raise QuotaExceeded(f"{count} streams are open already", policy_label="open-streams")
         return self._join(record, after)
 
     def _join(self, record: Record, after: int) -> Reader:
@@ -126,13 +135,13 @@ class Tasks:
 
         route_id = record.route.route_id
         reader = record.stream.join(after, on_leave)
-        self._readers.add(reader)
+        self._readers.add(reader, record.submission.tenant)
         self._dispatcher.post(route_id, ev.FollowerJoined(record.key))
         self._dispatcher.advise(record)
         return reader
 
-    def _replay(self, key: TaskKey, submission: Submission) -> Acceptance | None:
-        record = self._records.find(key)
+    def _replay(self, submission: Submission) -> Acceptance | None:
+        record = self._records.find((submission.tenant, submission.task_id))
         if record is None:
             return None
         if record.submission.digest != submission.digest:

@@ -95,8 +95,7 @@ class FakeEngine:
             run.stop_timer()
         if server is not None:
             await server.wait_closed()
-        while self.connections:
-            await asyncio.sleep(0)
+        await self.wait_until(lambda: not self.connections)
 
     async def __aenter__(self) -> Self:
         await self.start()

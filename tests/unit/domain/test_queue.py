@@ -37,11 +37,11 @@ def test_depth_and_bound_are_per_priority() -> None:
 def test_head_is_the_earliest_of_the_lanes_that_can_start() -> None:
     strict, loose, batch = queued(1, need=EXACT), queued(2), queued(3, BATCH)
     queue = queue_of(strict, loose, batch)
-    assert queue.head(lambda need: True) is strict
+    assert queue.head(lambda _: True) is strict
     assert queue.head(lambda need: need == ANYWHERE) is loose
     queue.remove(loose)
     assert queue.head(lambda need: need == ANYWHERE) is batch
-    assert queue.head(lambda need: False) is None
+    assert queue.head(lambda _: False) is None
 
 
 def test_removed_task_is_gone_and_cannot_be_removed_again() -> None:
@@ -60,7 +60,12 @@ def test_peer_bug_15_lanes_that_are_empty_leave_nothing_behind() -> None:
         queue.push(task)
         queue.remove(task)
     seen: list[Need] = []
-    queue.head(lambda need: bool(seen.append(need)))
+
+    def watch(need: Need) -> bool:
+        seen.append(need)
+        return False
+
+    assert queue.head(watch) is None
     assert seen == []
 
 

@@ -2,8 +2,9 @@
 
 from llorch.domain import events as ev
 from llorch.domain.pool import ReplicaState
+from llorch.domain.task import Fault
 from llorch.errors import Internal, PoolUnready, WorkerReset
-from tests.unit.domain.desk import BATCH, LOST, Desk, Fault, key, names, replica
+from tests.unit.domain.desk import BATCH, LOST, Desk, key, names, replica
 
 
 def test_peer_bug_01_cancel_of_a_queued_task_touches_no_running_one() -> None:

@@ -19,25 +19,32 @@ WALL_S, GRACE_S, TTL_S, TURNS = 40.0, 10.0, 60.0, 20
 CAPACITY = {Priority.INTERACTIVE: 3, Priority.BATCH: 4}
 NAMES = st.sampled_from([("acme", f"t{number}") for number in range(20)] + [("other", "t0"), ("other", "t1")])
 SESSIONS = st.sampled_from([f"s{number}" for number in range(6)])
-FAULTS = st.sampled_from(
-    [None, None, WorkerReset, WorkerReset, WorkerReset, PoolUnready, DecodeTimeout, InvalidParams, Internal]
-)
+FAILURES = [None, None, WorkerReset, WorkerReset, WorkerReset, PoolUnready, DecodeTimeout, InvalidParams, Internal]
+FAULTS = st.sampled_from(FAILURES)
 STATES = st.sampled_from([*ReplicaState, *[ReplicaState.READY] * 12])
 REPLICAS = st.tuples(st.integers(1, 3), st.booleans())
-INDEX = st.integers(0, 10_000)
-WISHES = st.fixed_dictionaries(
-    {
-        "session": SESSIONS,
-        "priority": st.sampled_from(Priority),
-        "strict": st.booleans(),
-        "deadline_s": st.none() | st.integers(0, 30).map(float),
-        "abort_late": st.booleans(),
-        "cancel_unread": st.booleans(),
+INDEX = st.integers(0, 11)
+WISHES = st.integers(0, 4 * 4 * 4 * 6 * 30 - 1)
+"""A whole submission in one draw, which is what makes histories long within little time."""
+
+
+def wishes_of(number: int) -> dict[str, Any]:
+    number, flags = divmod(number, 4)
+    number, strictness = divmod(number, 4)
+    number, hurry = divmod(number, 4)
+    deadline, session = divmod(number, 6)
+    return {
+        "session": f"s{session}",
+        "priority": Priority.BATCH if flags & 1 else Priority.INTERACTIVE,
+        "strict": strictness == 0,
+        "deadline_s": float(deadline) if hurry == 0 else None,
+        "abort_late": bool(flags & 2),
+        "cancel_unread": bool(flags & 2),
     }
-)
+
 
 SHORT = settings(
-    max_examples=40, stateful_step_count=50, derandomize=True, database=None, deadline=None,
+    max_examples=50, stateful_step_count=40, derandomize=True, database=None, deadline=None,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 LONG = settings(SHORT, max_examples=4000, stateful_step_count=150)
@@ -80,14 +87,14 @@ class Histories(RuleBasedStateMachine):
         self.post(ev.ReplicaChanged(Replica(known.replica_id, "pool", known.slots, cohort, state)))
 
     @rule(wishes=st.lists(WISHES, min_size=1, max_size=6))
-    def submit(self, wishes: list[dict[str, Any]]) -> None:
+    def submit(self, wishes: list[int]) -> None:
         for wish in wishes:
-            self.submit_one(**wish)
+            self.submit_one(**wishes_of(wish))
 
     @rule(key=NAMES, wish=WISHES)
-    def submit_under_an_old_name(self, key: TaskKey, wish: dict[str, Any]) -> None:
+    def submit_under_an_old_name(self, key: TaskKey, wish: int) -> None:
         if key not in self.model.live:  # whoever posts has looked whether it is there
-            self.submit_one(**wish, key=key)
+            self.submit_one(**wishes_of(wish), key=key)
 
     def submit_one(self, session: str, key: TaskKey | None = None, **wishes: Any) -> None:
         key = key or ("acme", f"t{len(self.model.admitted)}")
@@ -121,18 +128,16 @@ class Histories(RuleBasedStateMachine):
                 assert now.attempt is attempt
 
     @precondition(lambda self: self.model.runs)
-    @rule(index=INDEX, kind=FAULTS)
+    @rule(indices=st.lists(INDEX, min_size=1, max_size=3), kind=FAULTS)
+    def end_attempts(self, indices: list[int], kind: Any) -> None:
+        for index in indices:
+            if self.model.runs:
+                self.end_attempt(index, kind)
+
     def end_attempt(self, index: int, kind: Any) -> None:
         attempt_id = sorted(self.model.runs)[index % len(self.model.runs)]
         fault = None if kind is None else Fault(kind, "drawn")
         self.post(ev.AttemptEnded(self.model.runs[attempt_id].task.key, attempt_id, fault))
-
-    @precondition(lambda self: self.model.ended)
-    @rule(index=INDEX, kind=FAULTS)
-    def end_attempt_again(self, index: int, kind: Any) -> None:
-        attempt_id = sorted(self.model.ended)[index % len(self.model.ended)]
-        fault = None if kind is None else Fault(kind, "stale")
-        self.post(ev.AttemptEnded(self.model.ended[attempt_id].task.key, attempt_id, fault))
 
     @precondition(lambda self: self.model.runs)
     @rule(index=INDEX, count=st.integers(1, 3))
@@ -145,14 +150,15 @@ class Histories(RuleBasedStateMachine):
         assert run.task.tokens_out == before + (0 if run.is_aborted else count)
 
     @precondition(lambda self: self.model.ended)
-    @rule(index=INDEX)
-    def produce_after_the_end(self, index: int) -> None:
+    @rule(index=INDEX, kind=FAULTS)
+    def hear_of_an_old_attempt(self, index: int, kind: Any) -> None:
         attempt_id = sorted(self.model.ended)[index % len(self.model.ended)]
         task = self.model.ended[attempt_id].task
         before = (task.tokens_out, task.first_token_at)
         self.post(ev.FirstToken(task.key, attempt_id))
         self.post(ev.TokensProduced(task.key, attempt_id, 5))
         assert (task.tokens_out, task.first_token_at) == before
+        self.post(ev.AttemptEnded(task.key, attempt_id, None if kind is None else Fault(kind, "stale")))
 
     @rule(key=NAMES)
     def join(self, key: TaskKey) -> None:
@@ -179,6 +185,33 @@ class Histories(RuleBasedStateMachine):
     def wake_up(self) -> None:
         self.now = max(self.now, self.scheduler.next_wakeup() or self.now)
         self.post(ev.Tick())
+
+    @rule(bursts=st.binary(min_size=30, max_size=90))
+    def storm(self, bursts: bytes) -> None:
+        """Many events in one draw, three bytes each; the mix keeps the queues full and the replicas failing."""
+        for kind, one, other in zip(bursts[::3], bursts[1::3], bursts[2::3], strict=False):
+            self._happen(kind % 16, one, other)
+
+    def _happen(self, kind: int, one: int, other: int) -> None:
+        runs = sorted(self.model.runs)
+        if kind < 6:
+            self.submit_one(**wishes_of(one * 256 + other))
+        elif kind < 9 and runs:
+            self.end_attempt(one, FAILURES[other % len(FAILURES)])
+        elif kind == 9 and runs:
+            self.produce(one, 1)
+        elif kind == 10 and runs:
+            self.cancel(self.model.runs[runs[one % len(runs)]].task.key)
+        elif kind == 11 and self.model.waiting:
+            self.cancel(list(self.model.waiting)[one % len(self.model.waiting)])
+        elif kind == 12:
+            self.pass_time(one / 50, is_ticked=other % 2 == 0)
+        elif kind < 15:
+            state = list(ReplicaState)[other % 7] if other >= 190 else ReplicaState.READY
+            self.change(one, state, "v2" if one >= 200 else "v1")
+        elif self.model.live:
+            key = list(self.model.live)[one % len(self.model.live)]
+            (self.join if other % 3 else self.leave)(key)
 
     @precondition(lambda self: len(self.model.admitted) > 40)
     @rule(grace_s=st.sampled_from([0.0, 5.0]))

@@ -1,9 +1,9 @@
 """Where tasks start: load, readiness, exact replicas and cohorts."""
 
 from llorch.domain.pool import ReplicaState
-from llorch.domain.task import WaitReason
+from llorch.domain.task import Fault, WaitReason
 from llorch.errors import DecodeTimeout, InvalidParams, PoolUnready
-from tests.unit.domain.desk import BATCH, LOST, Desk, Fault, names, replica
+from tests.unit.domain.desk import BATCH, LOST, Desk, names, replica
 
 
 def test_task_goes_to_the_least_loaded_replica() -> None:

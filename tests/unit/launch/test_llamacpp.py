@@ -32,6 +32,10 @@ asyncio.run(main())
 """
 
 
+def read_command_line(pid: int | None) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text()
+
+
 async def test_started_engine_is_ready_and_measured() -> None:
     async with launch_tiny(slots=2, ctx=512, alias="tiny") as process:
         assert process.engine_version is not None
@@ -47,8 +51,7 @@ async def test_started_engine_is_ready_and_measured() -> None:
 async def test_key_is_new_for_every_process_and_on_no_command_line() -> None:
     async with launch_tiny() as first:
         assert first.api_key != launch_tiny().api_key
-        command_line = Path(f"/proc/{first.pid}/cmdline").read_bytes()
-        assert first.api_key.encode() not in command_line
+        assert first.api_key not in read_command_line(first.pid)
         stranger = LlamaCppEngine(first.url)
         with pytest.raises(PoolUnready, match="refused llorch's key"):
             await stranger.read_facts()
@@ -142,8 +145,8 @@ async def test_start_that_is_cancelled_leaves_no_process() -> None:
     process = EngineProcess(TINY_MODEL, command=(sys.executable, "-c", "import time; time.sleep(60)"))
     start = asyncio.create_task(process.start())
     async with asyncio.timeout(5):
-        while process.pid is None:
-            await asyncio.sleep(0.01)  # noqa: ASYNC110 (the process id is all there is to see)
+        while process.pid is None:  # noqa: ASYNC110 (the process id is all there is to see)
+            await asyncio.sleep(0.01)
     start.cancel()
     with pytest.raises(asyncio.CancelledError):
         await start

@@ -23,7 +23,7 @@ async def test_other_file_is_refused_with_the_remedy(tmp_path: Path) -> None:
 
 
 async def test_missing_file_is_told_by_its_path(tmp_path: Path) -> None:
-    with pytest.raises(LaunchError, match="absent.gguf cannot be read: No such file"):
+    with pytest.raises(LaunchError, match=r"absent\.gguf cannot be read: No such file"):
         await read_digest(tmp_path / "absent.gguf")
 
 

@@ -4,7 +4,7 @@ import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 from llorch.domain import events as ev
 from llorch.domain.ledger import Ledger, SessionLimits
@@ -140,7 +140,7 @@ class House:
     def scheduler(self) -> Scheduler:
         return self.schedulers[self.routes[0].route_id]
 
-    async def __aenter__(self) -> "House":
+    async def __aenter__(self) -> Self:
         self.pools.announce(self.dispatcher.post)
         for number in range(len(self.replicas)):
             self.tell(number, ReplicaState.READY)
@@ -176,6 +176,14 @@ class House:
     def read_all(self, task_id: str = "t") -> list[tuple[str, Any]]:
         """The durable frames so far, decoded."""
         return [parse(frame) for frame in self.record(task_id).stream.ready(0)]
+
+    def codes(self, task_id: str = "t") -> list[str]:
+        """Names of the durable frames so far, and the code where there is one."""
+        return [f"{event} {data['code']}" if "code" in data else event for event, data in self.read_all(task_id)]
+
+    def ends(self) -> list[int]:
+        """The attempts that were told to have ended."""
+        return [event.attempt_id for event in self.telemetry.events(ev.AttemptEnded)]
 
     def follow(self, task_id: str = "t", after: int = 0) -> Reader:
         reader = self.tasks.follow(TENANT, task_id, after)

@@ -45,9 +45,9 @@ async def test_prompt_that_fits_by_bytes_is_not_counted() -> None:
 async def test_longer_prompt_is_counted_by_the_engine() -> None:
     """ORCH-3014: prompt tokens + max_tokens may fill the context, and no more."""
     engine = FakeEnginePort()
-    engine.count = lambda text: 90
+    engine.count = lambda _: 90
     assert (await check_prompt(prompt("a" * 500), engine)).tokens == 90
-    engine.count = lambda text: 91
+    engine.count = lambda _: 91
     with pytest.raises(InvalidParams) as refused:
         await check_prompt(prompt("a" * 500), engine)
     assert refused.value.details == {"prompt_tokens": 91, "max_tokens": 10, "ctx": 100}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llorch.domain.task import ANYWHERE, Priority, Task, TaskSpec
+from llorch.domain.task import ANYWHERE, Priority, Task, TaskSpec, WaitReason
 from llorch.errors import NotFound, StreamGone
 from llorch.service.records import Record, Records, Retention
 from tests.unit.service.house import route, submission
@@ -127,8 +127,6 @@ def test_records_come_newest_first_and_in_pages() -> None:
 
 
 def test_wait_reasons_are_remembered_once_for_each_change() -> None:
-    from llorch.domain.task import WaitReason
-
     made = record("a")
     for reason in (WaitReason.TASKS_AHEAD, WaitReason.TASKS_AHEAD, WaitReason.SLOTS_BUSY, WaitReason.TASKS_AHEAD):
         made.note_wait(reason)

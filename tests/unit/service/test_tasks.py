@@ -178,7 +178,7 @@ async def test_seed_follows_from_the_task_id_when_none_is_given() -> None:
 
 async def test_prompt_that_does_not_fit_is_refused_before_the_queue() -> None:
     async with House() as house:
-        house.engine.count = lambda text: 4081
+        house.engine.count = lambda _: 4081
         with pytest.raises(InvalidParams):
             await house.submit(prompt=LONG)
         assert house.records.find((TENANT, "t")) is None
@@ -199,7 +199,7 @@ async def test_without_a_ready_replica_a_task_is_admitted_unchecked_and_checked_
     """ORCH-3113."""
     async with House() as house:
         house.tell(0, ReplicaState.LOADING)
-        house.engine.count = lambda text: 4081
+        house.engine.count = lambda _: 4081
         assert (await house.submit(prompt=LONG)).state is TaskState.QUEUED
         assert house.engine.counting.entered == 0
         house.tell(0, ReplicaState.READY)
