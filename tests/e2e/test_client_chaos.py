@@ -48,7 +48,7 @@ async def break_engines(engines: list[FakeEngineProcess], clients: "asyncio.Futu
 async def run_chaos(service: LlorchProcess, engines: list[FakeEngineProcess], interleavings: int) -> Counter[str]:
     people = [ALICE, BOB]
     clients = [
-        ChaosClient(service.url, people[number % 2], ["wide", "wide", "narrow"], seed=number, grace_s=GRACE_S)
+        ChaosClient(service.url, people[number % 2], ["wide", "wide", "narrow"], seed=number)
         for number in range(CLIENTS)
     ]
     everybody = asyncio.gather(*(client.live(-(-interleavings // CLIENTS)) for client in clients))
@@ -57,8 +57,8 @@ async def run_chaos(service: LlorchProcess, engines: list[FakeEngineProcess], in
     for who in people:
         await asyncio.to_thread(wait_all_final, service, who)
     outcomes: Counter[str] = Counter()
-    for number, client in enumerate(clients):
-        outcomes += await audit(client, service.url, people[number % 2])
+    for client in clients:
+        outcomes += await audit(client)
     assert sum(outcomes.values()) == sum(len(client.books) for client in clients)
     check_variety(outcomes, clients)
     return outcomes

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 
 from tests.support.identities import Identity
+from tests.support.raw_http import exchange, request
 from tests.support.wire import Frame, FrameSplitter, check_response, check_whole, durable
 
 FINAL = ("succeeded", "failed", "canceled")
@@ -33,25 +34,24 @@ class Book:
     may_be_canceled: bool = False
     """The client canceled it, deleted its session, or left its stream for longer than the grace may be."""
     accepted: bytes = b""
-    frames_at_cancel: int | None = None
-    """Durable frames that a reader had when a cancel was answered, if it read on afterwards."""
 
 
 class ChaosClient:
-    """One client: a tenant's key, a connection pool, and a seeded will of its own."""
+    """One client: a tenant's key and a seeded will of its own."""
 
-    def __init__(self, url: str, who: Identity, models: list[str], seed: int, grace_s: float) -> None:
-        self.http = httpx.AsyncClient(base_url=url, headers=who.headers, timeout=STEP_S)
+    def __init__(self, url: str, who: Identity, models: list[str], seed: int) -> None:
+        self.url = url
+        self.headers = who.headers
         self.random = random.Random(seed)
         self.models = models
-        self.grace_s = grace_s
         self.books: list[Book] = []
         self.refused: Counter[str] = Counter()
         self.statuses: Counter[tuple[str, int]] = Counter()
 
-    async def call(self, method: str, path: str, expected: set[int], **options: Any) -> httpx.Response:
+    async def call(self, method: str, path: str, expected: set[int], body: Any = None) -> httpx.Response:
         """Send, and check that the status is one that may be."""
-        response = check_response(await self.http.request(method, path, **options))
+        async with asyncio.timeout(STEP_S):
+            response = check_response(await request(self.url, method, path, self.headers, body))
         name = path.rsplit("/", 1)[1] if path.endswith(("/cancel", "/stream")) else path.split("/")[2]
         self.statuses[f"{method} {name}", response.status_code] += 1
         assert response.status_code in expected, f"{method} {path}: {response.status_code} {response.text}"
@@ -61,7 +61,6 @@ class ChaosClient:
         """So many tasks, one after the other, each in its own random way."""
         for _ in range(interleavings):
             await self._interleaving()
-        await self.http.aclose()
 
     async def _interleaving(self) -> None:
         book = await self._submit()
@@ -87,7 +86,7 @@ class ChaosClient:
             "priority": draw.choice(["interactive", "interactive", "batch"]),
             "on_disconnect": draw.choice(["cancel", "continue"]),
         }
-        response = await self.call("POST", "/v1/tasks", {202, 429}, json=body)
+        response = await self.call("POST", "/v1/tasks", {202, 429}, body)
         if response.status_code == 429:
             problem = response.json()
             assert problem["code"] in ("ADMISSION_REJECT", "BUDGET_EXHAUSTED"), problem
@@ -97,7 +96,7 @@ class ChaosClient:
         book = Book(task_id, session_id, body, accepted=response.content)
         self.books.append(book)
         if draw.random() < 0.1:
-            again = await self.call("POST", "/v1/tasks", {202}, json=body)
+            again = await self.call("POST", "/v1/tasks", {202}, body)
             assert again.content == book.accepted
         return book
 
@@ -141,6 +140,8 @@ class ChaosClient:
     async def _cancel(self, book: Book) -> None:
         book.may_be_canceled = True
         await self.call("POST", f"/v1/tasks/{book.task_id}/cancel", {204})
+        task = (await self.call("GET", f"/v1/tasks/{book.task_id}", {200})).json()
+        assert task["state"] in FINAL, f"{task['state']} after its cancel was answered: {task}"
 
     async def _follow(self, book: Book, frames: int | None) -> bool:
         """Go on after the last durable frame and take so many more, or all. True at the end of the stream."""
@@ -150,21 +151,24 @@ class ChaosClient:
         return is_whole
 
     async def _follow_into(self, task_id: str, kept: list[Frame], frames: int | None, after: int) -> bool:
-        headers = {"Last-Event-ID": str(after)} if after else {}
+        headers = {**self.headers, "Last-Event-ID": str(after)} if after else self.headers
         wanted = None if frames is None else len(kept) + frames
-        async with self.http.stream("GET", f"/v1/tasks/{task_id}/stream", headers=headers) as response:
-            self.statuses["GET stream", response.status_code] += 1
-            if response.status_code == 204:
+        path = f"/v1/tasks/{task_id}/stream"
+        async with asyncio.timeout(STEP_S), exchange(self.url, "GET", path, headers) as response:
+            self.statuses["GET stream", response.status] += 1
+            if response.status == 204:
                 assert kept, "204 although nothing was read"
                 assert kept[-1].is_terminal, "204 although the terminal frame was not read"
                 return True
-            assert response.status_code == 200, (response.status_code, await response.aread())
+            assert response.status == 200, (response.status, (await response.read()).text)
+            if len(kept) == wanted:
+                return False
             splitter = FrameSplitter()
-            async for chunk in response.aiter_raw():
+            async for chunk in response.chunks():
                 for frame in durable(splitter.feed(chunk)):
                     assert frame.id == len(kept) + 1, f"{task_id}: {frame} after {len(kept)} frames"
                     kept.append(frame)
-                    if wanted is not None and len(kept) >= wanted:
+                    if len(kept) == wanted:
                         return frame.is_terminal
             assert splitter.rest == b"", splitter.rest
             assert kept, f"{task_id}: the stream ended without a frame"
@@ -176,18 +180,17 @@ class ChaosClient:
         await asyncio.sleep(self.random.random() * most_s)
 
 
-async def audit(client: ChaosClient, url: str, who: Identity) -> Counter[str]:
+async def audit(client: ChaosClient) -> Counter[str]:
     """Every accepted task has ended once, in the way that its client has a part in. How often each outcome was."""
     outcomes: Counter[str] = Counter()
-    async with httpx.AsyncClient(base_url=url, headers=who.headers, timeout=STEP_S) as http:
-        for book in client.books:
-            task = check_response(await http.get(f"/v1/tasks/{book.task_id}")).json()
-            stream = await http.get(f"/v1/tasks/{book.task_id}/stream")
-            assert stream.status_code == 200, stream.text
-            frames = check_whole(FrameSplitter().feed(stream.content))
-            assert [frame.raw for frame in frames][: len(book.frames)] == [frame.raw for frame in book.frames]
-            _check_outcome(book, task, frames)
-            outcomes[task["error"]["code"] if task["error"] else task["state"]] += 1
+    for book in client.books:
+        task = (await client.call("GET", f"/v1/tasks/{book.task_id}", {200})).json()
+        stream = await request(client.url, "GET", f"/v1/tasks/{book.task_id}/stream", client.headers)
+        assert stream.status_code == 200, stream.text
+        frames = check_whole(FrameSplitter().feed(stream.content))
+        assert [frame.raw for frame in frames][: len(book.frames)] == [frame.raw for frame in book.frames]
+        _check_outcome(book, task, frames)
+        outcomes[task["error"]["code"] if task["error"] else task["state"]] += 1
     return outcomes
 
 

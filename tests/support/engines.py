@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 
 from llorch.launch.llamacpp import KEY_VARIABLE
-from tests.support.processes import ROOT, Process, wait_for
+from tests.support.processes import NO_TLS, ROOT, Process, wait_for
 
 TINY_MODEL = ROOT / ".cache" / "models" / "tiny.gguf"
 
@@ -22,7 +22,7 @@ class FakeEngineProcess(Process):
         self.model = model
         self.slots = slots
         self.url = str(self.announcement("listening")["url"])
-        self._http = httpx.Client(base_url=self.url, timeout=10)
+        self._http = httpx.Client(base_url=self.url, timeout=10, verify=NO_TLS)
 
     def command(self, **body: Any) -> dict[str, Any]:
         """Perform what FakeEngine's admin path can: reset, set, release, drop_idle, …; the report after it."""
@@ -64,7 +64,7 @@ class LlamaCppProcess(Process):
         )
         self.url = str(self.announcement("listening")["url"])
         self._http = httpx.Client(
-            base_url=self.url, headers={"Authorization": f"Bearer {self.api_key}"}, timeout=30
+            base_url=self.url, headers={"Authorization": f"Bearer {self.api_key}"}, timeout=30, verify=NO_TLS
         )
         wait_for(lambda: self._http.get("/health").status_code == 200, f"{self.model} is healthy", 30)
 

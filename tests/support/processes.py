@@ -7,6 +7,7 @@ import ctypes
 import json
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -17,6 +18,9 @@ from typing import Any, TypeVar
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 60.0
 """Bound for anything to start, on a machine that is busy with something else."""
+
+NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+"""For clients of plain HTTP: httpx else loads every root certificate of the machine for each client."""
 
 Found = TypeVar("Found")
 

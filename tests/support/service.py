@@ -11,7 +11,7 @@ import yaml
 
 from tests.support.engines import FakeEngineProcess, LlamaCppProcess
 from tests.support.identities import EVERYBODY, Identity
-from tests.support.processes import ROOT, START_S, Process
+from tests.support.processes import NO_TLS, ROOT, START_S, Process
 from tests.support.wire import check_response
 
 QUIET = ("info", "debug")
@@ -45,7 +45,7 @@ class LlorchProcess(Process):
     def wait_ready(self, replicas: int = 1) -> None:
         """Return when that many replicas are Ready. Raises AssertionError with the log when that does not come."""
         until = time.monotonic() + START_S
-        with httpx.Client(base_url=self.url, timeout=10) as http:
+        with httpx.Client(base_url=self.url, timeout=10, verify=NO_TLS) as http:
             while not _is_ready(http, replicas):
                 assert self.status is None, f"the server ended with status {self.status}:\n{self.text}"
                 assert time.monotonic() < until, f"not ready within {START_S:g} s:\n{self.text}"
@@ -55,7 +55,11 @@ class LlorchProcess(Process):
         """A client of this server; its responses, other than streams, are checked against the contract."""
         headers = {} if who is None else who.headers
         return httpx.Client(
-            base_url=self.url, headers=headers, timeout=timeout_s, event_hooks={"response": [_check_unless_stream]}
+            base_url=self.url,
+            headers=headers,
+            timeout=timeout_s,
+            verify=NO_TLS,
+            event_hooks={"response": [_check_unless_stream]},
         )
 
     def stop(self, within_s: float = 30.0) -> None:

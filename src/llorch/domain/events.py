@@ -56,6 +56,15 @@ class TokensProduced:
 
 
 @dataclass(frozen=True, slots=True)
+class AttemptStalled:
+    """The engine fell silent and was told to stop; AttemptEnded follows when it has let go of the slot."""
+
+    task: TaskKey
+    attempt_id: int
+    fault: Fault
+
+
+@dataclass(frozen=True, slots=True)
 class AttemptEnded:
     """The attempt is over and the engine has let go of its slot. Without a fault it ran to its end."""
 
@@ -90,7 +99,16 @@ class Tick:
     """Time has passed; posted when `next_wakeup()` is due."""
 
 
-Deciding = TaskSubmitted | CancelRequested | AttemptEnded | ReplicaChanged | SessionDeleted | ShutdownRequested | Tick
+Deciding = (
+    TaskSubmitted
+    | CancelRequested
+    | AttemptStalled
+    | AttemptEnded
+    | ReplicaChanged
+    | SessionDeleted
+    | ShutdownRequested
+    | Tick
+)
 """Facts that orders may follow from."""
 
 Event = Deciding | FollowerJoined | FollowerLeft | FirstToken | TokensProduced

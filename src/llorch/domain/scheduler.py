@@ -91,6 +91,8 @@ class Scheduler:
         match event:
             case ev.TaskSubmitted():
                 return self._submit(event.spec, now)
+            case ev.AttemptStalled():
+                return self._stall_attempt(event, now)
             case ev.AttemptEnded():
                 return self._end_attempt(event, now)
             case ev.CancelRequested():
@@ -187,6 +189,14 @@ class Scheduler:
         task = self.running(event.task, event.attempt_id)
         if task is not None:
             task.tokens_out += event.count
+
+    def _stall_attempt(self, event: ev.AttemptStalled, now: float) -> list[ev.Command]:
+        """The task has its answer at once; the slot is free only when the engine let go."""
+        attempt = self.attempts.get(event.attempt_id)
+        if attempt is None or self.running(event.task, event.attempt_id) is None:
+            return []
+        self.fleet.suspect(attempt.replica_id)
+        return self._finish(event.task, TaskState.FAILED, event.fault, now)
 
     def _end_attempt(self, event: ev.AttemptEnded, now: float) -> list[ev.Command]:
         attempt = self.attempts.pop(event.attempt_id, None)

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from llorch.domain import events as ev
 from llorch.domain.task import Attempt, Fault
-from llorch.errors import LlorchError
+from llorch.errors import DecodeTimeout, LlorchError
 from llorch.service.ports import Clock, Engine, Generation, Post
 from llorch.service.prompts import check_prompt
 from llorch.service.records import Record
@@ -38,6 +38,11 @@ class Runner:
         except asyncio.CancelledError:
             await engine.wait_released(attempt.slot)
             raise
+        except DecodeTimeout as error:
+            fault = fault_of(error)
+            post(record.route.route_id, ev.AttemptStalled(attempt.task, attempt.attempt_id, fault))
+            await _outwait(engine, attempt.slot)
+            return fault
         except LlorchError as error:
             return fault_of(error)
         return None
@@ -56,6 +61,14 @@ class Runner:
             slot=attempt.slot,
             sampling=record.route.sampling.overridden_by(submission.sampling),
         )
+
+
+async def _outwait(engine: Engine, slot: int) -> None:
+    """Wait until the engine let go, although the Abort for it comes while we wait."""
+    try:
+        await engine.wait_released(slot)
+    except asyncio.CancelledError:
+        await engine.wait_released(slot)
 
 
 class _Progress:

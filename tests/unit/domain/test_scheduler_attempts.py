@@ -3,7 +3,7 @@
 from llorch.domain import events as ev
 from llorch.domain.pool import ReplicaState
 from llorch.domain.task import Fault
-from llorch.errors import Internal, PoolUnready, WorkerReset
+from llorch.errors import DecodeTimeout, Internal, PoolUnready, WorkerReset
 from tests.unit.domain.desk import BATCH, LOST, Desk, key, names, replica
 
 
@@ -206,3 +206,26 @@ def test_ended_task_leaves_nothing_behind() -> None:
     assert not scheduler.sessions
     assert desk.ledger.leases() == []
     assert scheduler.next_wakeup() is None
+
+
+def test_stalled_attempt_ends_its_task_at_once_and_keeps_its_slot_until_the_engine_let_go() -> None:
+    """ORCH-3016, ORCH-3141."""
+    desk = Desk(replica())
+    desk.submit("a")
+    number = desk.attempt_of("a")
+    stalled = ev.AttemptStalled(key("a"), number, Fault(DecodeTimeout))
+    assert desk.handle(stalled) == ["finish a failed DECODE_TIMEOUT", "abort a on r0/0"]
+    assert [lease.releasing for lease in desk.ledger.leases()] == [True]
+    assert desk.handle(stalled) == []
+    desk.end("a", attempt_id=number)
+    assert desk.ledger.leases() == []
+
+
+def test_stalled_attempt_takes_its_replica_out_of_service_until_a_probe_finds_it_ready() -> None:
+    desk = Desk(replica())
+    desk.submit("a")
+    number = desk.attempt_of("a")
+    desk.handle(ev.AttemptStalled(key("a"), number, Fault(DecodeTimeout)))
+    desk.end("a", attempt_id=number)
+    assert desk.submit("b") == ["admit b at 0"]
+    assert desk.change(replica()) == ["start b on r0/0"]

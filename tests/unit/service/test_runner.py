@@ -207,6 +207,7 @@ async def test_silent_engine_ends_the_task_in_a_timeout() -> None:
         await house.dispatcher.wait_idle()
         assert house.codes() == ["started", "error DECODE_TIMEOUT"]
         assert house.suspects == ["llamacpp-m/0"]
+        assert house.engine.released == [0]
 
 
 async def test_bug_in_an_adapter_is_reported_and_its_text_is_not_told() -> None:
