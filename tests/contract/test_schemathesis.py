@@ -67,6 +67,6 @@ def count_calls(report: Path) -> Counter[str]:
         event: dict[str, Any] = json.loads(line)
         scenario = event.get("ScenarioFinished")
         if scenario is not None and scenario.get("recorder") is not None:
-            for case in scenario["recorder"]["cases"].values():
+            for case in scenario["recorder"].get("cases", {}).values():
                 calls[f"{case['value']['method']} {case['value']['path']}"] += 1
     return calls

@@ -6,6 +6,7 @@ arrived together cost one call here, and no task is woken.
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from llorch.domain import events as ev
@@ -41,7 +42,9 @@ class Runner:
         except DecodeTimeout as error:
             fault = fault_of(error)
             post(record.route.route_id, ev.AttemptStalled(attempt.task, attempt.attempt_id, fault))
-            await _outwait(engine, attempt.slot)
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(0)  # here the Abort arrives that the scheduler answered with
+            await engine.wait_released(attempt.slot)
             return fault
         except LlorchError as error:
             return fault_of(error)
@@ -61,14 +64,6 @@ class Runner:
             slot=attempt.slot,
             sampling=record.route.sampling.overridden_by(submission.sampling),
         )
-
-
-async def _outwait(engine: Engine, slot: int) -> None:
-    """Wait until the engine let go, although the Abort for it comes while we wait."""
-    try:
-        await engine.wait_released(slot)
-    except asyncio.CancelledError:
-        await engine.wait_released(slot)
 
 
 class _Progress:
