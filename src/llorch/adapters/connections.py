@@ -72,7 +72,7 @@ class Response:
         data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
         chunks.clear()
         connection = self._connection
-        if connection is not None:
+        if connection is not None and connection.buffered:
             connection.taken()
         return data
 
@@ -185,7 +185,6 @@ class Connection(asyncio.Protocol):
     """
 
     __slots__ = (
-        "_buffered",
         "_closed",
         "_deadline",
         "_feed",
@@ -199,6 +198,7 @@ class Connection(asyncio.Protocol):
         "_timer",
         "_timer_at",
         "_transport",
+        "buffered",
         "expires_at",
     )
 
@@ -214,7 +214,7 @@ class Connection(asyncio.Protocol):
         self._timer_at = 0.0
         self._deadline = 0.0
         self._idle_s = 0.0
-        self._buffered = 0
+        self.buffered = 0
         self._is_paused = False
         self._is_draining = False
         self.expires_at = 0.0
@@ -239,7 +239,7 @@ class Connection(asyncio.Protocol):
 
     def taken(self) -> None:
         """The consumer has taken all that was buffered."""
-        self._buffered = 0
+        self.buffered = 0
         if self._is_paused:
             self._resume()
 
@@ -283,14 +283,15 @@ class Connection(asyncio.Protocol):
             deadline = self._deadline = self._loop.time() + self._idle_s
             if deadline < self._timer_at:
                 self._arm(deadline)
-            self._buffered += len(data)
-            if self._buffered > HIGH_WATER_BYTES:
-                self._pause()
         on_arrival = response.on_arrival
         if on_arrival is not None:
             on_arrival()
-        else:
-            response.wake()
+            return
+        if response is self._response:
+            self.buffered += len(data)
+            if self.buffered > HIGH_WATER_BYTES:
+                self._pause()
+        response.wake()
 
     def connection_lost(self, exc: Exception | None) -> None:
         response = self._response
@@ -339,7 +340,7 @@ class Connection(asyncio.Protocol):
         response.release(keep_connection=keep_connection)
         self._response = None
         self._feed = None
-        self._buffered = 0
+        self.buffered = 0
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

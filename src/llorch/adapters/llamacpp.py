@@ -245,8 +245,14 @@ class _Relay:
         """Hand out what has arrived. Whatever goes wrong ends the run, not the connection that calls this."""
         if self._ended.done():
             return
+        response = self._response
+        completed = None
         try:
-            completed = self._take_all()
+            if data := response.take():
+                completed = self._hand_out(self._splitter.feed(data))
+            if completed is None and (response.complete or response.error is not None):
+                response.take()  # raises what broke it off
+                raise WorkerReset("The engine ended its answer without saying that it is complete.")
         except _UNREADABLE as exc:
             error = WorkerReset("The engine's stream is not what llama.cpp sends.", engine=ENGINE)
             error.__cause__ = exc
@@ -258,15 +264,6 @@ class _Relay:
                 # Nothing follows but the end of the HTTP message, which must not delay the last token.
                 self._response.let_finish()
                 self._ended.set_result(completed)
-
-    def _take_all(self) -> Completed | None:
-        response = self._response
-        completed = None
-        if data := response.take():
-            completed = self._hand_out(self._splitter.feed(data))
-        if completed is None and (response.complete or response.error is not None) and response.take() == b"":
-            raise WorkerReset("The engine ended its answer without saying that it is complete.")
-        return completed
 
     def _hand_out(self, events: list[bytes]) -> Completed | None:
         tokens: list[str] = []

@@ -72,16 +72,17 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 (uvicorn gives it)
-        """The first SIGTERM or SIGINT drains, the next ends."""
-        if self._draining is not None or self._loop is None:
+        """The first SIGTERM or SIGINT drains, the next ends the grace: open streams get their last frames either way."""
+        if self._loop is None:
             self.should_exit = True
-            self.force_exit = sig == signal.SIGINT
             return
-        self._loop.call_soon_threadsafe(self._begin_drain)
+        self._loop.call_soon_threadsafe(self._on_signal)
 
-    def _begin_drain(self) -> None:
+    def _on_signal(self) -> None:
         if self._draining is None:
             self._draining = asyncio.get_running_loop().create_task(self._drain_and_exit())
+        else:
+            self._hurry()
 
     async def _drain_and_exit(self) -> None:
         try:

@@ -33,10 +33,10 @@ class TaskStream:
     After `shut_gate` nothing but the terminal frame is taken in; after `close` nothing at all.
     """
 
-    __slots__ = ("_frames", "_gate_open", "_readers", "_tokens", "is_closed", "is_gone")
+    __slots__ = ("_gate_open", "_readers", "_tokens", "frames", "is_closed", "is_gone")
 
     def __init__(self) -> None:
-        self._frames: list[bytes] = []
+        self.frames: list[bytes] = []
         self._readers: list[Reader] = []
         self._tokens = 0
         self._gate_open = True
@@ -46,7 +46,7 @@ class TaskStream:
     @property
     def last_id(self) -> int:
         """Id of the newest durable frame; 0 before the first."""
-        return len(self._frames)
+        return len(self.frames)
 
     @property
     def readers(self) -> int:
@@ -62,7 +62,7 @@ class TaskStream:
         """Add a `token` frame for each text, unless the gate is shut."""
         if not self._gate_open:
             return
-        frames = self._frames
+        frames = self.frames
         n, i = len(frames), self._tokens
         for text in texts:
             n += 1
@@ -88,13 +88,13 @@ class TaskStream:
     def drop_transcript(self) -> None:
         """Give the frames back. A reader that has not taken them all is done; who joins later gets StreamGone."""
         self.is_gone = True
-        self._frames = []
+        self.frames = []
         for reader in tuple(self._readers):
             reader.wake()
 
     def output(self) -> str:
         """The text of all tokens so far."""
-        tokens = (frame for frame in self._frames if b"\nevent: token\n" in frame)
+        tokens = (frame for frame in self.frames if b"\nevent: token\n" in frame)
         return "".join(_decode_token(frame[frame.index(b"data: ") + 6 :]).t for frame in tokens)
 
     def advise(self, event: str, data: Any) -> None:
@@ -113,16 +113,12 @@ class TaskStream:
         self._readers.append(reader)
         return reader
 
-    def ready(self, after: int) -> list[bytes]:
-        """The frames behind id `after`."""
-        return self._frames[after:]
-
     def leave(self, reader: "Reader") -> None:
         """The reader follows no more."""
         self._readers.remove(reader)
 
     def _add(self, event: str, data: Any) -> None:
-        self._frames.append(b"id: %d\nevent: %b\ndata: %b\n\n" % (len(self._frames) + 1, event.encode(), _encode(data)))
+        self.frames.append(b"id: %d\nevent: %b\ndata: %b\n\n" % (len(self.frames) + 1, event.encode(), _encode(data)))
         for reader in tuple(self._readers):
             reader.wake()
 
@@ -151,16 +147,15 @@ class Reader:
 
     def take(self) -> bytes:
         """Everything that is ready, in one piece; empty when nothing is."""
-        frames = self._stream.ready(self.cursor)
-        if self._advice:
-            frames, advice, self._advice = list(frames), self._advice, b""
-            self.cursor += len(frames)
-            return advice + b"".join(frames)
-        if len(frames) == 1:
-            self.cursor += 1
-            return frames[0]
-        self.cursor += len(frames)
-        return b"".join(frames)
+        frames, cursor = self._stream.frames, self.cursor
+        newest = len(frames)
+        if newest == cursor + 1 and not self._advice:
+            self.cursor = newest
+            return frames[cursor]
+        ready = frames[cursor:]
+        self.cursor = max(cursor, newest)
+        advice, self._advice = self._advice, b""
+        return advice + b"".join(ready)
 
     def wake(self) -> None:
         """There may be something to take."""

@@ -47,7 +47,7 @@ SHORT = settings(
     max_examples=50, stateful_step_count=40, derandomize=True, database=None, deadline=None,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
-LONG = settings(SHORT, max_examples=4000, stateful_step_count=150)
+LONG = settings(SHORT, max_examples=1000, stateful_step_count=100)
 
 
 class Histories(RuleBasedStateMachine):

@@ -175,7 +175,7 @@ class House:
 
     def read_all(self, task_id: str = "t") -> list[tuple[str, Any]]:
         """The durable frames so far, decoded."""
-        return [parse(frame) for frame in self.record(task_id).stream.ready(0)]
+        return [parse(frame) for frame in self.record(task_id).stream.frames]
 
     def codes(self, task_id: str = "t") -> list[str]:
         """Names of the durable frames so far, and the code where there is one."""

@@ -57,7 +57,7 @@ EXPECTED = [
 
 def test_durable_frames_have_these_bytes() -> None:
     """ORCH-2032, ORCH-2033: ids from 1, token numbers from 0, both without gaps."""
-    assert finished().ready(0) == EXPECTED
+    assert finished().frames == EXPECTED
 
 
 async def test_peer_bug_30_every_frame_ends_with_exactly_two_newlines_and_has_none_inside() -> None:
@@ -66,7 +66,7 @@ async def test_peer_bug_30_every_frame_ends_with_exactly_two_newlines_and_has_no
     reader = follow(other)
     other.advise("queued", {"queue_position": 1})
     advice = await read(reader)
-    for frame in [*stream.ready(0), advice, HEARTBEAT]:
+    for frame in [*stream.frames[0:], advice, HEARTBEAT]:
         assert frame.endswith(b"\n\n")
         assert not frame.endswith(b"\n\n\n")
         assert b"\n\n" not in frame[:-2]
@@ -97,7 +97,7 @@ async def test_all_readers_get_the_same_bytes_whenever_they_came() -> None:
     stream.append_tokens(["c"])
     stream.close("end", {})
     late = await drain(follow(stream))
-    assert await early == await midway == late == b"".join(stream.ready(0))
+    assert await early == await midway == late == b"".join(stream.frames[0:])
 
 
 def test_after_the_gate_is_shut_only_the_terminal_frame_comes() -> None:
@@ -109,7 +109,7 @@ def test_after_the_gate_is_shut_only_the_terminal_frame_comes() -> None:
     stream.append_tokens(["b"])
     stream.append("started", {})
     stream.close("error", {"code": "CANCELED"})
-    assert [frame.split(b"\n")[1] for frame in stream.ready(0)] == [
+    assert [frame.split(b"\n")[1] for frame in stream.frames[0:]] == [
         b"event: started",
         b"event: token",
         b"event: error",
@@ -131,7 +131,7 @@ def test_stream_closes_exactly_once() -> None:
     stream.close("error", {"code": "CANCELED"})
     stream.append_tokens(["more"])
     stream.append("end", {})
-    assert stream.ready(0) == EXPECTED
+    assert stream.frames[0:] == EXPECTED
     assert stream.last_id == 7
 
 
@@ -141,9 +141,9 @@ async def test_frames_that_are_ready_together_leave_together() -> None:
     reader = follow(stream)
     stream.append("started", {})
     stream.append_tokens(["a", "b"])
-    assert await read(reader) == b"".join(stream.ready(0))
+    assert await read(reader) == b"".join(stream.frames[0:])
     stream.append_tokens(["c"])
-    assert await read(reader) == stream.ready(3)[0]
+    assert await read(reader) == stream.frames[3:][0]
 
 
 async def test_peer_bug_13_a_waiting_reader_gets_a_token_without_time_passing() -> None:
@@ -152,7 +152,7 @@ async def test_peer_bug_13_a_waiting_reader_gets_a_token_without_time_passing() 
     await asyncio.sleep(0)
     before = asyncio.get_running_loop().time()
     stream.append_tokens(["a"])
-    assert await reading == stream.ready(0)[0]
+    assert await reading == stream.frames[0:][0]
     assert asyncio.get_running_loop().time() == before
 
 
@@ -162,7 +162,7 @@ async def test_reader_that_does_not_read_holds_nobody_up() -> None:
     other = follow(stream)
     stream.append_tokens(["a"] * 1000)
     stream.close("end", {})
-    assert await drain(other) == b"".join(stream.ready(0))
+    assert await drain(other) == b"".join(stream.frames[0:])
 
 
 async def test_only_the_newest_advice_is_kept_and_it_is_never_replayed() -> None:
@@ -174,7 +174,7 @@ async def test_only_the_newest_advice_is_kept_and_it_is_never_replayed() -> None
     assert await read(reader) == b'event: queued\ndata: {"queue_position":1}\n\n'
     stream.append("started", {})
     stream.close("end", {})
-    assert await drain(reader) == await drain(follow(stream)) == b"".join(stream.ready(0))
+    assert await drain(reader) == await drain(follow(stream)) == b"".join(stream.frames[0:])
 
 
 async def test_advice_comes_before_the_frames_that_were_ready_with_it() -> None:
@@ -182,7 +182,7 @@ async def test_advice_comes_before_the_frames_that_were_ready_with_it() -> None:
     reader = follow(stream)
     stream.advise("queued", {"queue_position": 0})
     stream.append("started", {})
-    assert await read(reader) == b'event: queued\ndata: {"queue_position":0}\n\n' + stream.ready(0)[0]
+    assert await read(reader) == b'event: queued\ndata: {"queue_position":0}\n\n' + stream.frames[0:][0]
 
 
 async def test_reader_is_called_once_for_tokens_that_came_together_and_not_after_it_left() -> None:
@@ -193,7 +193,7 @@ async def test_reader_is_called_once_for_tokens_that_came_together_and_not_after
     reader.on_ready = lambda: calls.append(reader.take())
     stream.append_tokens(["a", "b"])
     stream.append_tokens(["c"])
-    assert calls == [b"".join(stream.ready(0)[:2]), stream.ready(2)[0]]
+    assert calls == [b"".join(stream.frames[:2]), stream.frames[2]]
     reader.leave()
     reader.leave()
     stream.append_tokens(["d"])
@@ -211,7 +211,7 @@ async def test_reader_that_leaves_when_it_is_called_does_not_disturb_the_others(
     staying.on_ready = lambda: got.append(staying.take())
     stream.append_tokens(["a"])
     stream.close("end", {})
-    assert got == stream.ready(0)
+    assert got == stream.frames
 
 
 # Expiry
@@ -247,7 +247,7 @@ def test_text_that_looks_like_a_frame_is_only_text() -> None:
     stream.append("started", {"t": "\nevent: token\n", "data": "data: "})
     stream.append_tokens(["data: {}\n\nevent: end\n"])
     assert stream.output() == "data: {}\n\nevent: end\n"
-    assert all(frame.count(b"\n") == 4 for frame in stream.ready(0))
+    assert all(frame.count(b"\n") == 4 for frame in stream.frames[0:])
 
 
 # Heartbeats
