@@ -147,6 +147,10 @@ class Service:
         except TimeoutError:
             self.log.warning("drain_incomplete", notice="some engines are still busy; they are cut off now")
 
+    def hurry(self) -> None:
+        """End the grace of a drain: what still runs gets its last frame now."""
+        self.dispatcher.post_to_all(ShutdownRequested(0.0))
+
     def _describe(self, key: TaskKey) -> dict[str, str]:
         """What log lines about a task say of it, beside its id."""
         record = self.dispatcher.find(key)
@@ -224,7 +228,7 @@ async def _serve_until_signal(service: Service) -> None:
         service.log.warning("keyless", notice="no API keys: loopback only, and everybody there is the tenant local")
     scheme = "https" if server.tls else "http"
     service.log.info("serving", url=f"{scheme}://{server.host}:{server.port}")
-    await Server(service.api, address, service.drain).serve()
+    await Server(service.api, address, service.drain, service.hurry).serve()
 
 
 async def _watch_engine(service: Service, engine: EngineProcess) -> None:

@@ -7,11 +7,36 @@ import asyncio
 from typing import Any
 
 from starlette.types import Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from llorch.api.correlation import Correlation
 from llorch.api.problems import Problems, raw_response
 from llorch.errors import LlorchError, PayloadTooLarge, PoolUnavailable, SchemaFault
+
+BODY_EXTENSION = "llorch.body"
+"""The ASGI extension under which a request's ChunkedBody is found."""
+
+
+class ChunkedBody:
+    """The body of a chunked response, for pieces that are many and small: no coroutine and no message for each.
+
+    The beginning and the end of the response take ASGI's way.
+    """
+
+    __slots__ = ("_cycle", "_write")
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+        self._write = cycle.transport.write
+
+    def try_write(self, piece: bytes) -> bool:
+        """Write a piece that is not the last; False when it has to wait, or the response is not chunked."""
+        cycle = self._cycle
+        if cycle.flow.write_paused or not cycle.chunked_encoding:
+            return False
+        if not cycle.disconnected:
+            self._write(b"%x\r\n%b\r\n" % (len(piece), piece))
+        return True
 
 
 class Protocol(HttpToolsProtocol):
@@ -51,6 +76,10 @@ class Protocol(HttpToolsProtocol):
         """What follows is body."""
         self._is_in_headers = False
         super().on_headers_complete()
+        cycle: RequestResponseCycle | None = self.cycle
+        if cycle is not None and cycle.scope is self.scope:
+            extensions: dict[str, Any] = {BODY_EXTENSION: ChunkedBody(cycle)}
+            self.scope["extensions"] = extensions
 
     def send_400_response(self, msg: str) -> None:
         """The parser gave up."""

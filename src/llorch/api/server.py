@@ -1,12 +1,11 @@
 """The HTTP server: uvicorn on httptools and uvloop, with a signal that asks instead of cutting.
 
 uvicorn by itself closes its listener at SIGTERM and hangs on open streams. Here the first signal only asks the service
-to drain; the listener goes on answering until that is done. A second signal ends at once.
+to drain; the listener goes on answering until that is done. A second signal asks to hurry.
 """
 
 import asyncio
 import logging
-import signal
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from functools import partial
@@ -38,9 +37,15 @@ class Address:
 
 
 class Server(uvicorn.Server):
-    """Serves `app` until a signal came and `drain` has returned."""
+    """Serves `app` until a signal came and `drain` has returned; another signal calls `hurry`."""
 
-    def __init__(self, app: ASGIApp, address: Address, drain: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        address: Address,
+        drain: Callable[[], Coroutine[Any, Any, None]],
+        hurry: Callable[[], None],
+    ) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -63,6 +68,7 @@ class Server(uvicorn.Server):
         )
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # what it tells of its life, we tell ourselves
         self._drain = drain
+        self._hurry = hurry
         self._draining: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 

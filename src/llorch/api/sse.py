@@ -12,6 +12,7 @@ import structlog
 from starlette.types import Message
 
 from llorch.api.exchange import Exchange
+from llorch.api.protocol import BODY_EXTENSION, ChunkedBody
 from llorch.service.streams import Reader
 
 _log = structlog.get_logger("llorch.api")
@@ -52,10 +53,11 @@ async def send_events(exchange: Exchange, status: int, reader: Reader) -> None:
 class _Sender:
     """Sends what is ready, as long as that needs no waiting; what has to wait goes on in a task."""
 
-    __slots__ = ("_reader", "_send", "_waiting")
+    __slots__ = ("_body", "_reader", "_send", "_waiting")
 
     def __init__(self, exchange: Exchange, reader: Reader) -> None:
         self._send = cast(Callable[[Message], Coroutine[Any, Any, None]], exchange.send)
+        self._body: ChunkedBody | None = exchange.scope.get("extensions", {}).get(BODY_EXTENSION)
         self._reader = reader
         self._waiting: asyncio.Task[None] | None = None
 
@@ -68,7 +70,7 @@ class _Sender:
         is_last = reader.is_done
         if is_last:
             reader.on_ready = None
-        elif not chunk:
+        elif not chunk or (self._body is not None and self._body.try_write(chunk)):
             return
         sending = self._send({"type": "http.response.body", "body": chunk, "more_body": not is_last})
         try:

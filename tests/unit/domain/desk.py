@@ -10,7 +10,7 @@ from llorch.domain.ledger import Ledger, SessionLimits
 from llorch.domain.pool import Replica, ReplicaState
 from llorch.domain.scheduler import RoutePolicy, Scheduler
 from llorch.domain.task import Cohort, Fault, Priority, Task, TaskKey, TaskSpec
-from llorch.errors import WorkerReset
+from llorch.errors import DecodeTimeout, WorkerReset
 
 INTERACTIVE, BATCH = Priority.INTERACTIVE, Priority.BATCH
 LOST = Fault(WorkerReset, "the replica broke off")
@@ -132,6 +132,11 @@ class Desk:
         """The attempt that runs the task, or the one with this id, is over."""
         number = self.attempt_of(name) if attempt_id is None else attempt_id
         return self.handle(ev.AttemptEnded(key(name), number, fault))
+
+    def stall(self, name: str, *, attempt_id: int | None = None) -> list[str]:
+        """The engine fell silent."""
+        number = self.attempt_of(name) if attempt_id is None else attempt_id
+        return self.handle(ev.AttemptStalled(key(name), number, Fault(DecodeTimeout, "silent")))
 
     def change(self, told_replica: Replica) -> list[str]:
         return self.handle(ev.ReplicaChanged(told_replica))

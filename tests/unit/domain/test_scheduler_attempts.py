@@ -229,3 +229,12 @@ def test_stalled_attempt_takes_its_replica_out_of_service_until_a_probe_finds_it
     desk.end("a", attempt_id=number)
     assert desk.submit("b") == ["admit b at 0"]
     assert desk.change(replica()) == ["start b on r0/0"]
+
+
+def test_stall_of_a_canceled_attempt_changes_nothing() -> None:
+    desk = Desk(replica("r0", 2))
+    desk.submit("a")
+    number = desk.attempt_of("a")
+    desk.cancel("a")
+    assert desk.stall("a", attempt_id=number) == []
+    assert desk.submit("b") == ["admit b at 0", "start b on r0/1"]

@@ -140,6 +140,14 @@ class Histories(RuleBasedStateMachine):
         self.post(ev.AttemptEnded(self.model.runs[attempt_id].task.key, attempt_id, fault))
 
     @precondition(lambda self: self.model.runs)
+    @rule(index=INDEX)
+    def stall(self, index: int) -> None:
+        attempt_id = sorted(self.model.runs)[index % len(self.model.runs)]
+        run = self.model.runs[attempt_id]
+        self.post(ev.AttemptStalled(run.task.key, attempt_id, Fault(DecodeTimeout, "silent")))
+        assert run.is_aborted, "its slot is not released"
+
+    @precondition(lambda self: self.model.runs)
     @rule(index=INDEX, count=st.integers(1, 3))
     def produce(self, index: int, count: int) -> None:
         attempt_id = sorted(self.model.runs)[index % len(self.model.runs)]
@@ -158,6 +166,7 @@ class Histories(RuleBasedStateMachine):
         self.post(ev.FirstToken(task.key, attempt_id))
         self.post(ev.TokensProduced(task.key, attempt_id, 5))
         assert (task.tokens_out, task.first_token_at) == before
+        self.post(ev.AttemptStalled(task.key, attempt_id, Fault(DecodeTimeout, "stale")))
         self.post(ev.AttemptEnded(task.key, attempt_id, None if kind is None else Fault(kind, "stale")))
 
     @rule(key=NAMES)
@@ -199,7 +208,7 @@ class Histories(RuleBasedStateMachine):
         elif kind < 9 and runs:
             self.end_attempt(one, FAILURES[other % len(FAILURES)])
         elif kind == 9 and runs:
-            self.produce(one, 1)
+            self.produce(one, 1) if other % 3 else self.stall(one)
         elif kind == 10 and runs:
             self.cancel(self.model.runs[runs[one % len(runs)]].task.key)
         elif kind == 11 and self.model.waiting:
