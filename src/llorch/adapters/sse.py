@@ -12,6 +12,9 @@ MAX_EVENT_BYTES: Final = 32 * 1024 * 1024
 """A longer event is not one: the engine's stream is broken."""
 
 
+_LF: Final = 0x0A
+
+
 class EventSplitter:
     """Collects bytes and hands out the data of every event that is complete."""
 
@@ -19,6 +22,12 @@ class EventSplitter:
 
     def __init__(self) -> None:
         self._rest = b""
+
+    def feed_one(self, data: bytes) -> bytes | None:
+        """The data of the event that `data` is, when it is just one and nothing was left over; else None."""
+        if not self._rest and data.startswith(b"data: ") and data.find(b"\n") == len(data) - 2 and data[-1] == _LF:
+            return data[6:-2]
+        return None
 
     def feed(self, data: bytes) -> list[bytes]:
         """Data of the events completed by `data`, in order; comments and other fields are left out.
@@ -29,8 +38,6 @@ class EventSplitter:
             data = self._rest + data
         if data.endswith(b"\n\n"):
             self._rest = b""
-            if data.startswith(b"data: ") and data.find(b"\n") == len(data) - 2:
-                return [data[6:-2]]
             parts = data[:-2].split(b"\n\n")
         else:
             *parts, self._rest = data.split(b"\n\n")

@@ -41,6 +41,7 @@ async def send_events(exchange: Exchange, status: int, reader: Reader) -> None:
     try:
         await exchange.start(status, HEADERS)
         reader.on_ready = sender.send_ready
+        reader.write = sender.write_now
         sender.send_ready()
         # ASGI tells this when the client has left, and also when the response is complete.
         while (await exchange.receive())["type"] != "http.disconnect":
@@ -53,11 +54,12 @@ async def send_events(exchange: Exchange, status: int, reader: Reader) -> None:
 class _Sender:
     """Sends what is ready, as long as that needs no waiting; what has to wait goes on in a task."""
 
-    __slots__ = ("_body", "_reader", "_send", "_waiting")
+    __slots__ = ("_reader", "_send", "_waiting", "write_now")
 
     def __init__(self, exchange: Exchange, reader: Reader) -> None:
         self._send = cast(Callable[[Message], Coroutine[Any, Any, None]], exchange.send)
-        self._body: ChunkedBody | None = exchange.scope.get("extensions", {}).get(BODY_EXTENSION)
+        body: ChunkedBody | None = exchange.scope.get("extensions", {}).get(BODY_EXTENSION)
+        self.write_now = body.try_write if body is not None else None
         self._reader = reader
         self._waiting: asyncio.Task[None] | None = None
 
@@ -70,7 +72,7 @@ class _Sender:
         is_last = reader.is_done
         if is_last:
             reader.on_ready = None
-        elif not chunk or (self._body is not None and self._body.try_write(chunk)):
+        elif not chunk or (self.write_now is not None and self.write_now(chunk)):
             return
         sending = self._send({"type": "http.response.body", "body": chunk, "more_body": not is_last})
         try:

@@ -63,15 +63,19 @@ class TaskStream:
         if not self._gate_open:
             return
         frames = self.frames
-        n, i = len(frames), self._tokens
+        before = n = len(frames)
+        i = self._tokens
+        new = b""
         for text in texts:
             n += 1
-            frames.append(b'id: %d\nevent: token\ndata: {"t":%b,"i":%d}\n\n' % (n, _encode(text), i))
+            new = b'id: %d\nevent: token\ndata: {"t":%b,"i":%d}\n\n' % (n, _encode(text), i)
+            frames.append(new)
             i += 1
         self._tokens = i
+        if n > before + 1:
+            new = b"".join(frames[before:])
         for reader in tuple(self._readers):
-            if reader.on_ready is not None:
-                reader.on_ready()
+            reader.give(before, new)
 
     def shut_gate(self) -> None:
         """From now on only the terminal frame may come."""
@@ -127,9 +131,10 @@ class Reader:
     """One follower of a stream. `take` gives bytes for the wire until the terminal frame was given.
 
     `on_ready` is called, at once and by whoever caused it, when there is something new to take; it must not raise.
+    `write` is a shorter way for tokens: it writes a piece at once, or gives False and writes nothing.
     """
 
-    __slots__ = ("_advice", "_on_leave", "_stream", "_swept_at", "cursor", "on_ready")
+    __slots__ = ("_advice", "_on_leave", "_stream", "_swept_at", "cursor", "on_ready", "write")
 
     def __init__(self, stream: TaskStream, after: int, on_leave: Callable[[], None]) -> None:
         self._stream = stream
@@ -138,6 +143,7 @@ class Reader:
         self._swept_at = -1
         self.cursor = after
         self.on_ready: Callable[[], None] | None = None
+        self.write: Callable[[bytes], bool] | None = None
 
     @property
     def is_done(self) -> bool:
@@ -156,6 +162,13 @@ class Reader:
         self.cursor = max(cursor, newest)
         advice, self._advice = self._advice, b""
         return advice + b"".join(ready)
+
+    def give(self, before: int, piece: bytes) -> None:
+        """The frames behind id `before`, joined, are new: write them at once, or have them taken."""
+        if self.cursor == before and self.write is not None and not self._advice and self.write(piece):
+            self.cursor = self._stream.last_id
+        elif self.on_ready is not None:
+            self.on_ready()
 
     def wake(self) -> None:
         """There may be something to take."""
@@ -177,7 +190,7 @@ class Reader:
         """Stop following. Idempotent."""
         if self._on_leave is not None:
             on_leave, self._on_leave = self._on_leave, None
-            self.on_ready = None
+            self.on_ready = self.write = None
             self._stream.leave(self)
             on_leave()
 
