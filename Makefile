@@ -108,7 +108,7 @@ $(TINY): tools/make_tiny_gguf.py | $(DEPENDENCIES)
 # ---- run
 
 serve: setup
-	@exec $(BIN)/llorch serve
+	@LLORCH_LOG__FORMAT=$${LLORCH_LOG__FORMAT:-console} exec $(BIN)/llorch serve
 
 # ---- prove
 

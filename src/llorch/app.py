@@ -6,6 +6,7 @@
 import asyncio
 import gc
 import os
+import resource
 import ssl
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -47,6 +48,9 @@ from llorch_contract.metrics import FAMILIES
 
 RELEASE_S = 5.0
 """After the grace of a shutdown: how long engines have to let go of what was broken off, in seconds."""
+
+SPARE_FILES = 256
+"""Open files beside connections: logs, sockets that listen, probes."""
 
 CPU_NOTICE = "CPU demonstration: this pool runs on the CPU (allow_cpu); its speed says nothing of a GPU."
 
@@ -185,8 +189,22 @@ def serve(path: Path | None) -> None:
     if path is not None and not settings.pools:
         raise ConfigError(f"{path}: pools: at least one pool is needed; without a file a demonstration is served")
     log = set_up_logging(settings.log.level.value, settings.log.format.value, secrets=_secrets(settings))
+    _raise_file_limit(settings, log)
     _calm_collector()
     uvloop.run(_serve(settings, log))
+
+
+def _raise_file_limit(settings: config.Settings, log: FilteringBoundLogger) -> None:
+    """Allow as many open files as there may be connections of clients and to engines, or say that it cannot be."""
+    slots = sum(replica.slots for pool in settings.pools for replica in pool.replicas)
+    wanted = settings.server.limits.connections + slots + SPARE_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if resource.RLIM_INFINITY not in (soft, hard) and soft < wanted:
+        allowed = min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+        if allowed < wanted:
+            notice = f"{wanted} open files are needed when all connections are in use; this process may have {allowed}"
+            log.warning("file_limit", notice=notice)
 
 
 def _calm_collector() -> None:

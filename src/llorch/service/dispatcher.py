@@ -59,6 +59,7 @@ class Dispatcher:
         self._wakeup_at: float | None = None
         self._advice: asyncio.TimerHandle | None = None
         self._expiry: asyncio.TimerHandle | None = None
+        self._expiry_at: float | None = None
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -251,11 +252,15 @@ class Dispatcher:
 
     def _plan_expiry(self) -> None:
         due = self.records.next_expiry()
-        if self._expiry is None and due is not None:
-            self._expiry = self._call_at(due, self._expire)
+        if due is None or (self._expiry_at is not None and self._expiry_at <= due):
+            return
+        if self._expiry is not None:
+            self._expiry.cancel()  # it was for a record, and a transcript is due before it
+        self._expiry_at = due
+        self._expiry = self._call_at(due, self._expire)
 
     def _expire(self) -> None:
-        self._expiry = None
+        self._expiry = self._expiry_at = None
         self.records.expire(self.now())
         self._plan_expiry()
 
