@@ -11,8 +11,8 @@ from behave.runner import Context
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import features.vocabulary  # noqa: E402, F401 (the types of words that steps are made of)
-from tests.support.deployment import Deployments  # noqa: E402 (behave does not look into the directory it runs in)
+import features.vocabulary  # noqa: F401 (the types of words that steps are made of)
+from tests.support.deployment import Deployments
 
 
 def before_all(context: Context) -> None:

@@ -246,4 +246,3 @@ FAULTS: dict[str, Callable[[], Request]] = {
     "the Host evil.example": lambda: _get("/v1/tasks", Host="evil.example"),
     "the Origin of evil.example": lambda: _get("/v1/tasks", Origin="http://evil.example"),
 }
-

@@ -140,9 +140,7 @@ def step_cut_off(context: Context, name: str) -> None:
         assert got == whole, (kept, got)
 
 
-@then(
-    "a second reader, cut off after every frame while {model:Model} releases token by token, gets the same bytes"
-)
+@then("a second reader, cut off after every frame while {model:Model} releases token by token, gets the same bytes")
 def step_cut_off_live(context: Context, model: str) -> None:
     world = context.world
     engine = world.deployment.fake(model)
@@ -179,14 +177,15 @@ def step_resume_before_long(context: Context, who: str, name: str, status: int, 
 @when("{who:Who} cancels {count:d} tasks that decode on {model:Model}, one after the other")
 def step_cancel_decoding(context: Context, who: str, count: int, model: str) -> None:
     context.world.facts["freed_ms"] = [
-        _time_cancel(context, who, model, f"decodes {number}", "token", prompt="word " * 8) for number in range(count)
+        _time_cancel(context, who, model, f"decodes {number}", event="token", prompt="word " * 8)
+        for number in range(count)
     ]
 
 
 @when("{who:Who} cancels a task while {model:Model} evaluates its prompt of {tokens:d} tokens")
 def step_cancel_prefill(context: Context, who: str, model: str, tokens: int) -> None:
     prompt = "a b " * (tokens // 4)
-    context.world.facts["freed_ms"] = [_time_cancel(context, who, model, "prefill", "started", prompt=prompt)]
+    context.world.facts["freed_ms"] = [_time_cancel(context, who, model, "prefill", event="started", prompt=prompt)]
 
 
 @then("the engine of {model:Model} had freed the slot within {limit:d} ms, in the median")
@@ -200,7 +199,7 @@ def step_freed(context: Context, model: str, limit: int) -> None:
 @then("no token followed any of these cancels")
 def step_no_token(context: Context) -> None:
     world = context.world
-    for (name, tokens_before) in world.facts["tokens_at_cancel"].items():
+    for name, tokens_before in world.facts["tokens_at_cancel"].items():
         frames = check_whole(world.stream(world.owners[name], name).to_end())
         assert frames[-1].data["code"] == "CANCELED", frames[-1]
         task = world.look(name)
@@ -211,7 +210,7 @@ def step_no_token(context: Context) -> None:
         assert len(frames) >= tokens_before
 
 
-def _time_cancel(context: Context, who: str, model: str, name: str, event: str, prompt: str) -> float:
+def _time_cancel(context: Context, who: str, model: str, name: str, *, event: str, prompt: str) -> float:
     """Cancel a task once this frame came; the milliseconds until the engine itself says that its slot is free."""
     world = context.world
     engine = world.deployment.genuine(model)
@@ -248,4 +247,3 @@ def _normal(shape: str) -> list[str]:
 
 def _text(frames: list[Frame]) -> str:
     return "".join(frame.data["t"] for frame in frames if frame.event == "token")
-

@@ -55,7 +55,7 @@ def step_submit_in_session(context: Context, who: str, name: str, model: str, se
 
 @step('{who:Who} submits "{name:Name}" to {model:Model} with {fields:Fields} in session "{session:Name}"')
 def step_submit_with_in_session(
-    context: Context, who: str, name: str, model: str, fields: str, session: str
+    context: Context, who: str, name: str, model: str, *, fields: str, session: str
 ) -> None:
     context.world.submit(who, name, model, **parse_fields(fields), session_id=context.world.id_of(session))
 
@@ -307,7 +307,7 @@ def step_fill(context: Context, who: str, model: str) -> None:
         accepted(context.world.submit(who, name, model))
 
 
-@step("{who:Who} does not find \"{name:Name}\"")
+@step('{who:Who} does not find "{name:Name}"')
 def step_not_found(context: Context, who: str, name: str) -> None:
     response = context.world.deployment.caller(who).http.get(f"/v1/tasks/{context.world.ids[name]}")
     assert response.status_code == 404, response.text

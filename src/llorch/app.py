@@ -98,7 +98,7 @@ class Service:
             ledger=ledger,
             records=records,
             journal=MemoryJournal(),
-            runner=Runner({replica.replica_id: replica.engine for replica in replicas}, clock),
+            runner=Runner({replica.replica_id: replica.engine for replica in replicas}),
             telemetry=self.telemetry,
             clock=clock,
             on_suspect=self.pools.suspect,

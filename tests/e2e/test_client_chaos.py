@@ -32,7 +32,7 @@ def serve(processes: Processes) -> tuple[LlorchProcess, list[FakeEngineProcess]]
     return processes.serve(config, replicas=3, expected=warnings), [quick, slow, narrow]
 
 
-async def break_engines(engines: list[FakeEngineProcess], clients: "asyncio.Future[object]") -> int:
+async def break_engines(engines: list[FakeEngineProcess], clients: "asyncio.Future[list[None]]") -> int:
     """Time and again an engine breaks off a few generations, before or after their first token. How often."""
     count = 0
     while not clients.done():
@@ -115,5 +115,5 @@ async def test_peer_bug_05_random_interleavings_leave_every_slot_free(processes:
     service, engines = serve(processes)
     outcomes = await run_chaos(service, engines, interleavings)
     check_nothing_left(service, engines)
-    print(f"{interleavings} interleavings: {dict(outcomes)}")
+    print(f"{interleavings} interleavings: {dict(outcomes)}")  # noqa: T201 (shown by `pytest -s`)
     service.stop()

@@ -3,6 +3,7 @@
 import signal
 import threading
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import httpx
@@ -18,10 +19,12 @@ from tests.support.service import LlorchProcess, make_config, make_pool
 from tests.support.wire import check_whole
 
 
-def serve(processes: Processes, grace_s: float, **options: object) -> tuple[LlorchProcess, FakeEngineProcess]:
+def serve(
+    processes: Processes, grace_s: float, expected: Collection[str] = ()
+) -> tuple[LlorchProcess, FakeEngineProcess]:
     engine = processes.fake("fake", slots=1)
     config = make_config([make_pool(engine)], server={"shutdown_grace_s": grace_s})
-    return processes.serve(config, **options), engine
+    return processes.serve(config, expected=expected), engine
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -98,7 +101,9 @@ def test_idle_server_with_idle_connections_ends_at_once(processes: Processes) ->
 
 def test_shutdown_under_load_loses_no_terminal_frame(processes: Processes) -> None:
     engine = processes.fake("fake", slots=4, token_interval_ms=5)
-    service = processes.serve(make_config([make_pool(engine)], server={"shutdown_grace_s": 0.5}), expected=["task_ended"])
+    service = processes.serve(
+        make_config([make_pool(engine)], server={"shutdown_grace_s": 0.5}), expected=["task_ended"]
+    )
     callers = [Caller(service, ALICE) for _ in range(12)]
     tasks = [caller.accept(model_ref="fake", max_tokens=400)["task_id"] for caller in callers]
     ends: list[str] = []

@@ -67,7 +67,14 @@ class ChaosClient:
         if book is None:
             return
         way = self.random.choices(
-            [self._read_whole, self._cancel_now, self._read_and_cancel, self._break_and_resume, self._leave, self._delete],
+            [
+                self._read_whole,
+                self._cancel_now,
+                self._read_and_cancel,
+                self._break_and_resume,
+                self._leave,
+                self._delete,
+            ],
             weights=[3, 3, 4, 5, 2, 2],
         )[0]
         await way(book)

@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from llorch.launch.model_file import locate_demo_model
 from tests.support.driver import Caller
@@ -17,7 +17,7 @@ Started = TypeVar("Started", bound=Process)
 
 PEOPLE = {"Alice": ALICE, "Bob": BOB, "the batch key": BATCHER, "the operator": WATCHER}
 
-MAIN = {
+MAIN: dict[str, Any] = {
     "server": {
         "limits": {"body_bytes": 65_536, "header_bytes": 8192, "prompt_chars": 20_000, "open_streams": 12},
         "shutdown_grace_s": 2,
@@ -27,7 +27,7 @@ MAIN = {
 }
 """Limits within the reach of a test, and times that it can wait for."""
 
-FLEETING = {
+FLEETING: dict[str, Any] = {
     "server": {"shutdown_grace_s": 1},
     "sessions": {"ttl_s": 0.5},
     "streams": {"transcript_ttl_s": 0.2, "record_ttl_s": 1},
@@ -87,7 +87,8 @@ class Deployment:
 
 def start_main(directory: Path, ends: ExitStack) -> Deployment:
     """Pools `solo` (one slot, room for two to wait) and `duo` (two slots) of FakeEngines; `tiny` (two slots) and `smollm2`
-    (one) of the genuine llama.cpp."""
+    (one) of the genuine llama.cpp.
+    """
     solo = started(ends, FakeEngineProcess(directory / "solo.log", model="solo"))
     duo = started(ends, FakeEngineProcess(directory / "duo.log", model="duo", slots=2))
     tiny = started(ends, LlamaCppProcess(directory / "tiny.log", slots=2, ctx=2048))

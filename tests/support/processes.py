@@ -25,6 +25,7 @@ NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 Found = TypeVar("Found")
 
 _PR_SET_PDEATHSIG = 1
+_IS_LINUX = sys.platform.startswith("linux")
 _libc = ctypes.CDLL(None)
 
 
@@ -49,7 +50,7 @@ class Process:
                 cwd=cwd,
                 env={**os.environ, **(environment or {})},
                 start_new_session=True,
-                preexec_fn=_die_with_parent if sys.platform.startswith("linux") else None,
+                preexec_fn=_die_with_parent if _IS_LINUX else None,  # noqa: PLW1509 (it is one system call)
             )
 
     @property
@@ -99,7 +100,7 @@ class Process:
 
 
 def wait_for(look: Callable[[], Found | None], what: str, within_s: float = 10.0, every_s: float = 0.01) -> Found:
-    """The first thing that `look` finds: anything but None and False. Raises AssertionError after `within_s` seconds."""
+    """The first thing that `look` finds: anything but None and False; AssertionError after `within_s` seconds."""
     until = time.monotonic() + within_s
     while True:
         found = look()

@@ -27,10 +27,10 @@ class Response:
     """
 
     __slots__ = (
-        "_chunks",
         "_connection",
         "_waiter",
         "begun",
+        "chunks",
         "complete",
         "error",
         "has_head",
@@ -44,7 +44,7 @@ class Response:
 
     def __init__(self, connection: "Connection") -> None:
         self._connection: Connection | None = connection
-        self._chunks: list[bytes] = []
+        self.chunks: list[bytes] = []
         self._waiter: asyncio.Future[None] | None = None
         self.status = 0
         self.headers: dict[bytes, bytes] = {}
@@ -56,7 +56,7 @@ class Response:
         self.on_arrival: Callable[[], None] | None = None
         """Called at once when `take` may have something new, instead of waking a waiter. It must not raise."""
         # The parser calls list.append itself, so that a chunk costs no Python frame.
-        self.on_body: Callable[[bytes], None] = self._chunks.append
+        self.on_body: Callable[[bytes], None] = self.chunks.append
         self.parser = httptools.HttpResponseParser(self)
 
     def take(self) -> bytes | None:
@@ -64,7 +64,7 @@ class Response:
 
         Raises WorkerReset, DecodeTimeout or Canceled when the answer broke off, after what had arrived was taken.
         """
-        chunks = self._chunks
+        chunks = self.chunks
         if not chunks:
             if self.error is not None:
                 raise self.error
@@ -75,6 +75,13 @@ class Response:
         if connection is not None and connection.buffered:
             connection.taken()
         return data
+
+    def discard(self) -> None:
+        """What has arrived was looked at in `chunks` and is not needed any more."""
+        self.chunks.clear()
+        connection = self._connection
+        if connection is not None and connection.buffered:
+            connection.taken()
 
     def wait(self) -> "asyncio.Future[None]":
         """A future that is done when `take` may have something new."""

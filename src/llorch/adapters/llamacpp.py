@@ -248,15 +248,16 @@ class _Relay:
         response = self._response
         completed = None
         try:
-            data = response.take()
-            if data and (event := self._splitter.feed_one(data)) is not None:
+            chunks = response.chunks
+            if len(chunks) == 1 and (event := self._splitter.feed_one(chunks[0])) is not None:
                 # Nearly always one token comes at a time: spare it the lists.
+                response.discard()
                 token = _decode_event(event)
                 if token.content and not token.stop:
                     self._on_tokens((token.content,))
                     return
                 completed = self._hand_out([event])
-            elif data:
+            elif data := response.take():
                 completed = self._hand_out(self._splitter.feed(data))
             if completed is None and (response.complete or response.error is not None):
                 response.take()  # raises what broke it off

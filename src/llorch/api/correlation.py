@@ -33,9 +33,15 @@ class Correlation:
         self._observe = observe
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            scope[SCOPE_KEY] = Exchange(scope, receive, send, correlation_id_of(scope["headers"]), self._observe)
-        elif scope["type"] == "websocket":
+        if scope["type"] == "websocket":
             await send({"type": "websocket.close"})
-            return
-        await self._app(scope, receive, send)
+        elif scope["type"] != "http":
+            await self._app(scope, receive, send)
+        else:
+            scope[SCOPE_KEY] = Exchange(scope, receive, send, correlation_id_of(scope["headers"]), self._observe)
+            try:
+                await self._app(scope, receive, send)
+            finally:
+                # What refers back to the request would keep it, and its connection, until a collection of garbage.
+                del scope[SCOPE_KEY]
+                scope.pop("extensions", None)

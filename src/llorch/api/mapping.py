@@ -4,52 +4,64 @@ What is unknown stays null; nothing is invented here but the ids that a client l
 """
 
 import hashlib
+import os
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any, Literal
-from uuid import uuid4
 
 import msgspec
-from pydantic import MISSING
+from pydantic import MISSING, BaseModel
 
 from llorch.domain.task import Fault, Priority, TaskState
 from llorch.errors import InvalidParams
 from llorch.service.frames import problem
-from llorch.service.ports import Message, Sampling, Usage
+from llorch.service.ports import NO_SAMPLING, Message, Sampling, Usage
 from llorch.service.submission import Acceptance, Placement, SessionView, Submission, TaskView, Timeline
 from llorch_contract import models
 
 _MAX_LABEL_KEY = 64
 
-_encode_sorted = msgspec.json.Encoder(order="deterministic").encode
+# The wire's words and ours, each with a dictionary: an enum's `value` and call take 0.4 and 1 us, these 0.05.
+_PRIORITIES: dict[str, Priority] = {priority.value: priority for priority in Priority}
+_STATES = {state: models.TaskState(state.value) for state in TaskState}
+_WORDS: dict[str | None, str] = {
+    word: word.value
+    for words in (models.Workload, models.Engine, models.KvHint, models.OnDisconnect, models.MessageRole)
+    for word in words
+}
 
 
 def to_submission(body: models.TaskRequest, tenant: str) -> Submission:
     """The task that a validated body asks for. Raises InvalidParams for labels that no schema word can forbid."""
-    _check_labels(body)
+    given = _given(body)
+    _lower_ids(given)
+    labels = given.get("labels", {})
+    _check_labels(labels)
+    value = given.get
     return Submission(
         tenant=tenant,
-        task_id=_canonical_id(body.task_id) or str(uuid4()),
-        session_id=_canonical_id(body.session_id) or str(uuid4()),
+        task_id=value("task_id") or _new_id(),
+        session_id=value("session_id") or _new_id(),
         model_ref=body.model_ref,
         max_tokens=body.max_tokens,
-        digest=digest_of(body),
-        workload=body.workload.value,
-        engine=_value(body.engine),
-        ctx=_given(body.ctx),
-        priority=Priority(body.priority.value),
-        prompt=_given(body.prompt),
-        messages=_messages(body),
-        deadline_ms=_given(body.deadline_ms),
+        digest=_digest(given),
+        workload=_WORDS[body.workload],
+        engine=_WORDS.get(value("engine")),
+        ctx=value("ctx"),
+        priority=_PRIORITIES[body.priority],
+        prompt=value("prompt"),
+        messages=_messages(value("messages", ())),
+        deadline_ms=value("deadline_ms"),
         abort_late=body.on_deadline is models.OnDeadline.abort,
-        seed=_given(body.seed),
+        seed=value("seed"),
         strict=body.determinism is models.Determinism.strict,
-        sampler_profile_version=_given(body.sampler_profile_version),
-        sampling=_sampling(body),
-        expected_tokens=_given(body.expected_tokens),
-        kv_hint=body.kv_hint.value,
-        on_disconnect=_value(body.on_disconnect),
-        has_budgets=body.session_budgets is not MISSING,
-        labels=_given(body.labels) or {},
+        sampler_profile_version=value("sampler_profile_version"),
+        sampling=_sampling(value("sampling")),
+        expected_tokens=value("expected_tokens"),
+        kv_hint=_WORDS[body.kv_hint],
+        on_disconnect=_WORDS.get(value("on_disconnect")),
+        has_budgets="session_budgets" in given,
+        labels=labels,
     )
 
 
@@ -58,16 +70,9 @@ def digest_of(body: models.TaskRequest) -> bytes:
 
     Keys are sorted, UUIDs lower-case, and what was left out has its default, but for the ids that the server makes.
     """
-    canonical: dict[str, Any] = body.model_dump()
-    for name in ("task_id", "session_id"):
-        if name in canonical:
-            canonical[name] = canonical[name].lower()
-    canonical.setdefault("expected_tokens", body.max_tokens)
-    canonical.setdefault("labels", {})
-    canonical.setdefault("sampling", {})
-    is_interactive = body.priority is models.Priority.interactive
-    canonical.setdefault("on_disconnect", "cancel" if is_interactive else "continue")
-    return hashlib.sha256(_encode_sorted(canonical)).digest()
+    given = _given(body)
+    _lower_ids(given)
+    return _digest(given)
 
 
 def to_accepted(acceptance: Acceptance) -> models.TaskAccepted:
@@ -75,7 +80,7 @@ def to_accepted(acceptance: Acceptance) -> models.TaskAccepted:
     return models.TaskAccepted(
         task_id=acceptance.task_id,
         session_id=acceptance.session_id,
-        state=models.TaskState(acceptance.state.value),
+        state=_STATES[acceptance.state],
         queue_position=acceptance.queue_position,
         predicted_start_ms=acceptance.predicted_start_ms,
         backoff_ms=acceptance.backoff_ms,
@@ -152,41 +157,58 @@ def optional_timestamp(seconds: float | None) -> str | None:
     return None if seconds is None else timestamp(seconds)
 
 
-def _check_labels(body: models.TaskRequest) -> None:
-    if body.labels is not MISSING and not all(1 <= len(key) <= _MAX_LABEL_KEY for key in body.labels):
-        reason = f"must have keys of 1 to {_MAX_LABEL_KEY} characters"
-        raise InvalidParams(f"labels {reason}", details={"path": "/labels", "reason": reason})
+def _given(body: BaseModel) -> dict[str, Any]:
+    """The fields that were given or have a default; `model_dump` of a whole body takes twice as long."""
+    return {name: value for name, value in body.__dict__.items() if value is not MISSING}
 
 
-def _given(value: Any) -> Any:
-    return None if value is MISSING else value
+_encode_sorted = msgspec.json.Encoder(order="deterministic", enc_hook=_given).encode
 
 
-def _value(choice: Any) -> str | None:
-    return None if choice is MISSING else choice.value
+def _lower_ids(given: dict[str, Any]) -> None:
+    for name in ("task_id", "session_id"):
+        if name in given:
+            given[name] = given[name].lower()
 
 
-def _canonical_id(text: Any) -> str | None:
-    return None if text is MISSING else text.lower()
+def _digest(given: dict[str, Any]) -> bytes:
+    canonical = given.copy()
+    canonical.setdefault("expected_tokens", given["max_tokens"])
+    canonical.setdefault("labels", {})
+    canonical.setdefault("sampling", {})
+    is_interactive = given["priority"] is models.Priority.interactive
+    canonical.setdefault("on_disconnect", "cancel" if is_interactive else "continue")
+    return hashlib.sha256(_encode_sorted(canonical)).digest()
 
 
-def _messages(body: models.TaskRequest) -> tuple[Message, ...]:
-    if body.messages is MISSING:
-        return ()
-    return tuple(Message(role=message.role.value, content=message.content) for message in body.messages)
+def _new_id() -> str:
+    """A random UUID of version 4; `str(uuid4())` takes four times as long."""
+    digits = os.urandom(16).hex()
+    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{digits[17:20]}-{digits[20:]}"
 
 
-def _sampling(body: models.TaskRequest) -> Sampling:
-    asked = body.sampling
-    if asked is MISSING:
-        return Sampling()
+def _check_labels(labels: Mapping[str, str]) -> None:
+    for key in labels:
+        if not 1 <= len(key) <= _MAX_LABEL_KEY:
+            reason = f"must have keys of 1 to {_MAX_LABEL_KEY} characters"
+            raise InvalidParams(f"labels {reason}", details={"path": "/labels", "reason": reason})
+
+
+def _messages(messages: Iterable[models.Message]) -> tuple[Message, ...]:
+    return tuple([Message(role=_WORDS[message.role], content=message.content) for message in messages])
+
+
+def _sampling(asked: models.Sampling | None) -> Sampling:
+    if asked is None:
+        return NO_SAMPLING
+    value = _given(asked).get
     return Sampling(
-        temperature=_given(asked.temperature),
-        top_p=_given(asked.top_p),
-        top_k=_given(asked.top_k),
-        stop=tuple(_given(asked.stop) or ()),
-        grammar=_given(asked.grammar),
-        json_schema=_given(asked.json_schema),
+        temperature=value("temperature"),
+        top_p=value("top_p"),
+        top_k=value("top_k"),
+        stop=tuple(value("stop", ())),
+        grammar=value("grammar"),
+        json_schema=value("json_schema"),
     )
 
 

@@ -5,14 +5,14 @@ arrived together cost one call here, and no task is woken.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 
 from llorch.domain import events as ev
 from llorch.domain.task import Attempt, Fault
 from llorch.errors import DecodeTimeout, LlorchError
-from llorch.service.ports import Clock, Engine, Generation, Post
+from llorch.service.ports import Engine, Generation, Post
 from llorch.service.prompts import check_prompt
 from llorch.service.records import Record
 
@@ -24,18 +24,19 @@ REPORT_S = 0.5
 class Runner:
     """Performs attempts on the engines, by replica id."""
 
-    def __init__(self, engines: Mapping[str, Engine], clock: Clock) -> None:
+    def __init__(self, engines: Mapping[str, Engine]) -> None:
         self._engines = engines
-        self._clock = clock
 
     async def run(self, record: Record, attempt: Attempt, post: Post) -> Fault | None:
         """Run the attempt to its end, or until cancelled: then return when the engine has let go of the slot."""
         engine = self._engines[attempt.replica_id]
         try:
             order = await self._order(record, attempt, engine)
-            progress = _Progress(record, attempt, post, self._clock.monotonic)
-            record.completed = await engine.generate(order, progress.take)
-            progress.report()
+            progress = _Progress(record, attempt, post)
+            try:
+                record.completed = await engine.generate(order, record.stream.append_tokens)
+            finally:
+                progress.end()
         except asyncio.CancelledError:
             await engine.wait_released(attempt.slot)
             raise
@@ -67,37 +68,45 @@ class Runner:
 
 
 class _Progress:
-    """Takes an attempt's tokens to the stream, and tells the scheduler of them now and then."""
+    """Tells the scheduler of an attempt's tokens: of the first at once, of the others now and then.
 
-    __slots__ = ("_attempt", "_clock", "_has_begun", "_pending", "_post", "_reported_at", "_route_id", "_stream")
+    The stream counts them, so that a token costs nothing here.
+    """
 
-    def __init__(self, record: Record, attempt: Attempt, post: Post, clock: Callable[[], float]) -> None:
+    def __init__(self, record: Record, attempt: Attempt, post: Post) -> None:
         self._stream = record.stream
         self._route_id = record.route.route_id
         self._attempt = attempt
         self._post = post
-        self._clock = clock
-        self._has_begun = False
-        self._pending = 0
-        self._reported_at = 0.0
+        self._reported = self._stream.tokens
+        self._timer: asyncio.TimerHandle | None = None
+        self._stream.call_at(self._reported + 1, self._begin)
 
-    def take(self, texts: Sequence[str]) -> None:
-        """Tokens have come."""
-        if not self._has_begun:
-            self._has_begun = True
-            self._reported_at = self._clock()
-            self._post(self._route_id, ev.FirstToken(self._attempt.task, self._attempt.attempt_id))
-        self._stream.append_tokens(texts)
-        self._pending += len(texts)
-        if self._pending >= REPORT_TOKENS or self._clock() - self._reported_at > REPORT_S:
-            self.report()
+    def end(self) -> None:
+        """Tell of what has not been told yet; nothing more will come."""
+        self._stream.call_at(None)
+        if self._timer is not None:
+            self._timer.cancel()
+        self._report()
 
-    def report(self) -> None:
-        """Tell of what has not been told yet."""
-        if self._pending:
-            self._post(self._route_id, ev.TokensProduced(self._attempt.task, self._attempt.attempt_id, self._pending))
-            self._pending = 0
-            self._reported_at = self._clock()
+    def _begin(self) -> None:
+        self._post(self._route_id, ev.FirstToken(self._attempt.task, self._attempt.attempt_id))
+        self._stream.call_at(self._reported + REPORT_TOKENS, self._report)
+        self._set_timer()
+
+    def _set_timer(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(REPORT_S, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._report()
+        self._set_timer()
+
+    def _report(self) -> None:
+        count = self._stream.tokens - self._reported
+        if count:
+            self._reported += count
+            self._post(self._route_id, ev.TokensProduced(self._attempt.task, self._attempt.attempt_id, count))
+            self._stream.call_at(self._reported + REPORT_TOKENS, self._report)
 
 
 def fault_of(error: LlorchError) -> Fault:

@@ -33,12 +33,14 @@ class TaskStream:
     After `shut_gate` nothing but the terminal frame is taken in; after `close` nothing at all.
     """
 
-    __slots__ = ("_gate_open", "_readers", "_tokens", "frames", "is_closed", "is_gone")
+    __slots__ = ("_call", "_call_at", "_gate_open", "_readers", "frames", "is_closed", "is_gone", "tokens")
 
     def __init__(self) -> None:
         self.frames: list[bytes] = []
-        self._readers: list[Reader] = []
-        self._tokens = 0
+        self._readers: tuple[Reader, ...] = ()
+        self._call: Callable[[], None] | None = None
+        self._call_at = 0
+        self.tokens = 0
         self._gate_open = True
         self.is_closed = False
         self.is_gone = False
@@ -64,18 +66,28 @@ class TaskStream:
             return
         frames = self.frames
         before = n = len(frames)
-        i = self._tokens
+        i = self.tokens
         new = b""
         for text in texts:
             n += 1
             new = b'id: %d\nevent: token\ndata: {"t":%b,"i":%d}\n\n' % (n, _encode(text), i)
             frames.append(new)
             i += 1
-        self._tokens = i
+        self.tokens = i
         if n > before + 1:
             new = b"".join(frames[before:])
-        for reader in tuple(self._readers):
-            reader.give(before, new)
+        for reader in self._readers:
+            write = reader.write
+            if write is not None and reader.cursor == before and not reader.advice and write(new):
+                reader.cursor = n
+            elif reader.on_ready is not None:
+                reader.on_ready()
+        if i >= self._call_at and self._call is not None:
+            self._call()
+
+    def call_at(self, tokens: int | None, call: Callable[[], None] | None = None) -> None:
+        """Call this each time that tokens come, from the one on that makes them so many; None: no more."""
+        self._call_at, self._call = tokens or 0, call
 
     def shut_gate(self) -> None:
         """From now on only the terminal frame may come."""
@@ -93,7 +105,7 @@ class TaskStream:
         """Give the frames back. A reader that has not taken them all is done; who joins later gets StreamGone."""
         self.is_gone = True
         self.frames = []
-        for reader in tuple(self._readers):
+        for reader in self._readers:
             reader.wake()
 
     def output(self) -> str:
@@ -106,7 +118,7 @@ class TaskStream:
         if not self._readers or not self._gate_open:
             return
         advice = b"event: %b\ndata: %b\n\n" % (event.encode(), _encode(data))
-        for reader in tuple(self._readers):
+        for reader in self._readers:
             reader.advise(advice)
 
     def join(self, after: int, on_leave: Callable[[], None]) -> "Reader":
@@ -114,16 +126,16 @@ class TaskStream:
         if self.is_gone:
             raise StreamGone
         reader = Reader(self, after, on_leave)
-        self._readers.append(reader)
+        self._readers = (*self._readers, reader)
         return reader
 
     def leave(self, reader: "Reader") -> None:
         """The reader follows no more."""
-        self._readers.remove(reader)
+        self._readers = tuple(other for other in self._readers if other is not reader)
 
     def _add(self, event: str, data: Any) -> None:
         self.frames.append(b"id: %d\nevent: %b\ndata: %b\n\n" % (len(self.frames) + 1, event.encode(), _encode(data)))
-        for reader in tuple(self._readers):
+        for reader in self._readers:
             reader.wake()
 
 
@@ -134,12 +146,12 @@ class Reader:
     `write` is a shorter way for tokens: it writes a piece at once, or gives False and writes nothing.
     """
 
-    __slots__ = ("_advice", "_on_leave", "_stream", "_swept_at", "cursor", "on_ready", "write")
+    __slots__ = ("_on_leave", "_stream", "_swept_at", "advice", "cursor", "on_ready", "write")
 
     def __init__(self, stream: TaskStream, after: int, on_leave: Callable[[], None]) -> None:
         self._stream = stream
         self._on_leave: Callable[[], None] | None = on_leave
-        self._advice = b""
+        self.advice = b""
         self._swept_at = -1
         self.cursor = after
         self.on_ready: Callable[[], None] | None = None
@@ -155,20 +167,13 @@ class Reader:
         """Everything that is ready, in one piece; empty when nothing is."""
         frames, cursor = self._stream.frames, self.cursor
         newest = len(frames)
-        if newest == cursor + 1 and not self._advice:
+        if newest == cursor + 1 and not self.advice:
             self.cursor = newest
             return frames[cursor]
         ready = frames[cursor:]
         self.cursor = max(cursor, newest)
-        advice, self._advice = self._advice, b""
+        advice, self.advice = self.advice, b""
         return advice + b"".join(ready)
-
-    def give(self, before: int, piece: bytes) -> None:
-        """The frames behind id `before`, joined, are new: write them at once, or have them taken."""
-        if self.cursor == before and self.write is not None and not self._advice and self.write(piece):
-            self.cursor = self._stream.last_id
-        elif self.on_ready is not None:
-            self.on_ready()
 
     def wake(self) -> None:
         """There may be something to take."""
@@ -177,12 +182,12 @@ class Reader:
 
     def advise(self, advice: bytes) -> None:
         """Give this out before the next durable frames, instead of older advice that was not taken."""
-        self._advice = advice
+        self.advice = advice
         self.wake()
 
     def beat_if_idle(self) -> None:
         """Send a heartbeat when no durable frame was given since the last call."""
-        if self._swept_at == self.cursor and not self._advice:
+        if self._swept_at == self.cursor and not self.advice:
             self.advise(HEARTBEAT)
         self._swept_at = self.cursor
 
@@ -231,5 +236,5 @@ class OpenReaders:
         """Sweep for ever; a silent stream gets a heartbeat after at most `heartbeat_s` seconds."""
         while True:
             await asyncio.sleep(self._heartbeat_s / 2)
-            for reader in tuple(self._readers):
+            for reader in self._readers:
                 reader.beat_if_idle()

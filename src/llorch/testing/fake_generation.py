@@ -210,17 +210,17 @@ class Run:
         """Report progress per 64 prompt tokens, then go on to the first token."""
         self._timer = None
         total = self._prompt_tokens
-        if self._order.return_progress and self._order.stream:
-            self._write(self._encoder.progress(total, min(processed, total)))
-        if processed >= total:
-            self._due = self._loop.time() + self._engine.token_interval_s
-            self._schedule()
-            return
-        following = processed + dialects.BATCH_TOKENS
-        if self._engine.prefill_interval_s > 0:
-            self._timer = self._loop.call_later(self._engine.prefill_interval_s, self._prefill, following)
-        else:
-            self._prefill(following)
+        while True:
+            if self._order.return_progress and self._order.stream:
+                self._write(self._encoder.progress(total, min(processed, total)))
+            if processed >= total:
+                break
+            processed += dialects.BATCH_TOKENS
+            if self._engine.prefill_interval_s > 0:
+                self._timer = self._loop.call_later(self._engine.prefill_interval_s, self._prefill, processed)
+                return
+        self._due = self._loop.time() + self._engine.token_interval_s
+        self._schedule()
 
     def _schedule(self) -> None:
         """Set the timer for the next token, if it may be sent."""

@@ -116,7 +116,7 @@ class House:
             ledger=self.ledger,
             records=self.records,
             journal=self.journal,
-            runner=Runner({known.replica_id: known.engine for known in self.replicas}, self.clock),
+            runner=Runner({known.replica_id: known.engine for known in self.replicas}),
             telemetry=self.telemetry,
             clock=self.clock,
             on_suspect=self._suspect,

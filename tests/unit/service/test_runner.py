@@ -6,6 +6,7 @@ from llorch.domain import events as ev
 from llorch.domain.pool import ReplicaState
 from llorch.domain.task import TaskState
 from llorch.errors import DecodeTimeout, InvalidParams, WorkerReset
+from llorch.service.runner import REPORT_S
 from llorch.testing.clock import running_clock
 from llorch.testing.engine import FakeEnginePort
 from tests.unit.service.house import TENANT, House, settle
@@ -57,8 +58,10 @@ async def test_scheduler_hears_of_tokens_every_32_or_half_second() -> None:
         assert counts() == []
         generation.send("a")
         assert counts() == [32]
-        house.clock.advance(0.6)
         generation.send("a")
+        await asyncio.sleep(REPORT_S)
+        assert counts() == [32, 1]
+        await asyncio.sleep(REPORT_S)
         assert counts() == [32, 1]
         generation.send("a", "b", "c")
         generation.finish()
