@@ -110,7 +110,7 @@ class Bench:
             ledger=ledger,
             records=self.records,
             journal=MemoryJournal(),
-            runner=Runner({"p/0": engine}, clock),
+            runner=Runner({"p/0": engine}),
             telemetry=telemetry,
             clock=clock,
             on_suspect=pools.suspect,
@@ -171,7 +171,7 @@ async def measure_cpu(bench: Bench, tasks: int, *, profile: bool) -> float:
     if profile:
         profiler.disable()
         out = io.StringIO()
-        pstats.Stats(profiler, stream=out).sort_stats("tottime").print_stats(60)
+        pstats.Stats(profiler, stream=out).sort_stats("tottime").print_stats(120)
         print(out.getvalue())
     gc.enable()
     return spent / tasks * 1e6

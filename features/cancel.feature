@@ -60,5 +60,5 @@ Feature: Cancel
   @ORCH-3056 @ORCH-3179
   Scenario: A genuine engine's slot is freed during prefill; how long that takes is reported
     When Alice cancels a task while smollm2 evaluates its prompt of 1500 tokens
-    Then the engine of smollm2 had freed the slot within 5000 ms, in the median
+    Then the engine of smollm2 had freed the slot within 10000 ms, in the median
     And no token followed any of these cancels

@@ -31,5 +31,5 @@ def after_scenario(context: Context, scenario: Scenario) -> None:
 
 def after_all(context: Context) -> None:
     for line in context.measurements:
-        print(f"measured: {line}")  # noqa: T201 (what the journeys found out belongs into their report)
+        print(f"measured: {line}", file=sys.__stdout__)
     context.deployments.stop()

@@ -184,7 +184,7 @@ def step_cancel_decoding(context: Context, who: str, count: int, model: str) -> 
 
 @when("{who:Who} cancels a task while {model:Model} evaluates its prompt of {tokens:d} tokens")
 def step_cancel_prefill(context: Context, who: str, model: str, tokens: int) -> None:
-    prompt = "a b " * (tokens // 4)
+    prompt = "a b " * (tokens // 2)
     context.world.facts["freed_ms"] = [_time_cancel(context, who, model, "prefill", event="started", prompt=prompt)]
 
 

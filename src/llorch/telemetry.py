@@ -3,6 +3,7 @@
 It only watches. It keeps what it needs to label a running attempt until that attempt ended, and nothing that grows.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,8 +12,9 @@ from structlog.typing import FilteringBoundLogger
 
 from llorch.domain import events as ev
 from llorch.domain.pool import Replica, ReplicaState
-from llorch.domain.task import Fault, Task, TaskKey, TaskState
+from llorch.domain.task import Fault, Priority, Task, TaskKey, TaskState
 from llorch.errors import DecodeTimeout
+from llorch.telemetry_log import writer_of
 from llorch.telemetry_metrics import CONTENT_TYPE, Family, Metrics, Sample, Series
 
 __all__ = ["CONTENT_TYPE", "UNVERIFIED", "Family", "RouteScope", "Sample", "Telemetry"]
@@ -41,16 +43,25 @@ class RouteScope:
 
 
 @dataclass(slots=True)
-class _Run:
-    """An attempt that has not ended: where it runs, and the series that it moves, looked up once."""
+class _Place:
+    """What the attempts of one priority on one replica have in common: labels, and series that are looked up once."""
 
-    place: dict[str, Any]
+    replica: Replica
     labels: tuple[str, str, str]
-    accepted_at: float
+    started: Series
     tokens_in: Series
     tokens_out: Series
     first_token: Series
     decode: Series
+
+
+@dataclass(slots=True)
+class _Run:
+    """An attempt that has not ended, and where it runs."""
+
+    attempt_id: int
+    place: _Place
+    accepted_at: float
     fault: Fault | None = None
     is_over: bool = False
     is_aborted: bool = False
@@ -91,9 +102,13 @@ class Telemetry:
         self._metrics = Metrics(families, overflow_label=overflow_label, overflow_family=overflow_family)
         self._scopes = {scope.route_id: scope for scope in routes}
         self._log = log
+        self._write = writer_of(log)
+        self._tells_info = log.is_enabled_for(logging.INFO)
+        self._tells_warnings = log.is_enabled_for(logging.WARNING)
         self._describe = describe
         self._live = _Live()
         self._replicas: dict[str, Replica] = {}
+        self._places: dict[tuple[str, Priority], _Place] = {}
         instrument = self._metrics.instrument
         self._enqueued = instrument("tasks_enqueued_total")
         self._started = instrument("tasks_started_total")
@@ -115,17 +130,18 @@ class Telemetry:
         if isinstance(event, ev.TokensProduced):
             run = self._live.attempts.get(event.attempt_id)
             if run is not None:
-                run.tokens_out.inc(event.count)
-        else:
-            self._observe_event(self._scopes[route_id], event, now)
+                run.place.tokens_out.inc(event.count)
+            return
+        scope = self._scopes[route_id]
+        self._observe_event(scope, event, now)
         for command in commands:
-            self._observe_command(self._scopes[route_id], command, now)
+            self._observe_command(scope, command, now)
 
     def observe_usage(self, attempt_id: int, prompt_tokens: int) -> None:
         """Count the prompt tokens that the engine told; before the attempt's AttemptEnded is observed, else ignored."""
         run = self._live.attempts.get(attempt_id)
         if run is not None:
-            run.tokens_in.inc(prompt_tokens)
+            run.place.tokens_in.inc(prompt_tokens)
 
     def observe_rejection(
         self,
@@ -160,7 +176,7 @@ class Telemetry:
             case ev.FirstToken():
                 run = self._live.attempts.get(event.attempt_id)
                 if run is not None and not run.is_over:
-                    run.first_token.observe((now - run.accepted_at) * 1000)
+                    run.place.first_token.observe((now - run.accepted_at) * 1000)
             case ev.AttemptEnded():
                 self._end_attempt(event)
             case ev.ReplicaChanged():
@@ -173,7 +189,7 @@ class Telemetry:
     def _end_attempt(self, event: ev.AttemptEnded) -> None:
         run = self._live.attempts.pop(event.attempt_id, None)
         if run is not None:
-            self._attempts.series(run.outcome(event.fault), *run.labels).inc()
+            self._attempts.series(run.outcome(event.fault), *run.place.labels).inc()
 
     def _note_replica(self, scope: RouteScope, replica: Replica) -> None:
         before = self._replicas.get(replica.replica_id)
@@ -217,30 +233,33 @@ class Telemetry:
 
     def _start(self, scope: RouteScope, command: ev.Start, now: float) -> None:
         task, attempt = command.task, command.attempt
-        replica = self._replicas[attempt.replica_id]
-        labels = (scope.engine, replica.cohort.engine_version or UNVERIFIED, replica.pool_id)
-        priority = task.priority
-        run = _Run(
-            place={
-                "engine_version": replica.cohort.engine_version,
-                "pool_id": replica.pool_id,
-                "replica_id": replica.replica_id,
-                "attempt": attempt.attempt_id,
-            },
-            labels=labels,
-            accepted_at=task.accepted_at,
-            tokens_in=self._tokens_in.series(*labels),
-            tokens_out=self._tokens_out.series(*labels),
-            first_token=self._first_token.series(*labels, priority),
-            decode=self._decode.series(*labels, priority),
-        )
+        place = self._place(scope, self._replicas[attempt.replica_id], task.priority)
+        run = _Run(attempt.attempt_id, place, task.accepted_at)
         self._live.attempts[attempt.attempt_id] = run
         self._live.tasks[task.key] = run
         waited_ms = (now - task.accepted_at) * 1000
         if task.attempts == 1:
-            self._started.series(*labels, priority).inc()
-            self._wait.series(priority).observe(waited_ms)
-        self._log.info("task_started", **self._task_fields(scope, task, run), waited_ms=round(waited_ms, 1))
+            place.started.inc()
+            self._wait.series(task.priority).observe(waited_ms)
+        if self._tells_info:
+            fields = self._task_fields(scope, task, run)
+            fields["waited_ms"] = round(waited_ms, 1)
+            self._write("info", "task_started", fields)
+
+    def _place(self, scope: RouteScope, replica: Replica, priority: Priority) -> _Place:
+        place = self._places.get((replica.replica_id, priority))
+        if place is None or place.replica is not replica:
+            labels = (scope.engine, replica.cohort.engine_version or UNVERIFIED, replica.pool_id)
+            place = self._places[replica.replica_id, priority] = _Place(
+                replica,
+                labels,
+                started=self._started.series(*labels, priority),
+                tokens_in=self._tokens_in.series(*labels),
+                tokens_out=self._tokens_out.series(*labels),
+                first_token=self._first_token.series(*labels, priority),
+                decode=self._decode.series(*labels, priority),
+            )
+        return place
 
     def _requeue(self, scope: RouteScope, command: ev.Requeue) -> None:
         run = self._live.tasks.get(command.task.key)
@@ -252,25 +271,31 @@ class Telemetry:
         fault = task.fault
         if run is not None:
             run.is_over, run.fault = True, fault
-            engine, version, _ = run.labels
+            engine, version, _ = run.place.labels
             self._finished.series(engine, version, task.state.value).inc()
             if task.state is TaskState.SUCCEEDED and task.first_token_at is not None and task.ended_at is not None:
-                run.decode.observe((task.ended_at - task.first_token_at) * 1000)
+                run.place.decode.observe((task.ended_at - task.first_token_at) * 1000)
         if task.state is TaskState.CANCELED:
             policy = fault.policy_label if fault is not None else None
             self._canceled.series(policy or "client").inc()
         if _is_late(task):
             self._missed.series(task.priority).inc()
-        (self._log.warning if task.state is TaskState.FAILED else self._log.info)(
-            "task_ended",
-            **self._task_fields(scope, task, run),
-            state=task.state.value,
-            code=fault.kind.code if fault is not None else None,
-            policy=fault.policy_label if fault is not None else None,
-            tokens_out=task.tokens_out,
-            first_token_ms=_ms(task.accepted_at, task.first_token_at),
-            took_ms=_ms(task.accepted_at, task.ended_at),
-        )
+        self._tell_end(scope, task, run)
+
+    def _tell_end(self, scope: RouteScope, task: Task, run: _Run | None) -> None:
+        fault, is_bad = task.fault, task.state is TaskState.FAILED
+        if not (self._tells_warnings if is_bad else self._tells_info):
+            return
+        fields = self._task_fields(scope, task, run)
+        fields |= {
+            "state": task.state.value,
+            "code": fault.kind.code if fault is not None else None,
+            "policy": fault.policy_label if fault is not None else None,
+            "tokens_out": task.tokens_out,
+            "first_token_ms": _ms(task.accepted_at, task.first_token_at),
+            "took_ms": _ms(task.accepted_at, task.ended_at),
+        }
+        self._write("warning" if is_bad else "info", "task_ended", fields)
 
     def _reject(self, engine: str, code: str, policy: str | None, fields: Mapping[str, Any]) -> None:
         self._rejected.series(code, engine).inc()
@@ -282,18 +307,23 @@ class Telemetry:
 
     def _fields(self, scope: RouteScope, key: TaskKey) -> dict[str, Any]:
         tenant, task_id = key
-        known = {"tenant": tenant, "task_id": task_id, "route": scope.route_id, "engine": scope.engine}
-        return {**self._describe(key), **known}
+        fields = {**self._describe(key), "tenant": tenant, "task_id": task_id}
+        fields["route"], fields["engine"] = scope.route_id, scope.engine
+        return fields
 
     def _task_fields(self, scope: RouteScope, task: Task, run: _Run | None) -> dict[str, Any]:
         """Who, what and, once it has started, where."""
         fields = self._fields(scope, task.key)
         fields["session_id"] = task.spec.session[1]
         fields["model"] = scope.model
-        fields["priority"] = task.priority.value
+        fields["priority"] = str(task.priority)
         fields["attempts"] = task.attempts
         if run is not None:
-            fields.update(run.place)
+            replica = run.place.replica
+            fields["engine_version"] = replica.cohort.engine_version
+            fields["pool_id"] = replica.pool_id
+            fields["replica_id"] = replica.replica_id
+            fields["attempt"] = run.attempt_id
         return fields
 
 

@@ -54,7 +54,7 @@ def set_up(
     stream = stream if stream is not None else sys.stderr.buffer
     structlog.configure(
         processors=_processors(form, stream, secrets),
-        wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
+        wrapper_class=_logger_class(LEVELS[level]),
         logger_factory=structlog.BytesLoggerFactory(stream),
         cache_logger_on_first_use=False,  # a later call must reach the loggers that modules got before it
     )
@@ -68,15 +68,42 @@ def make_logger(level: str, form: str, *, stream: BinaryIO, secrets: Iterable[st
     log: FilteringBoundLogger = structlog.wrap_logger(
         structlog.BytesLogger(stream),
         processors=_processors(form, stream, secrets),
-        wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
+        wrapper_class=_logger_class(LEVELS[level]),
     ).bind()
     return log
+
+
+Write = Callable[[str, str, dict[str, Any]], None]
+"""Writes a line, given its level's name, its event and its fields, which it takes over; filters no level."""
+
+
+def writer_of(log: FilteringBoundLogger) -> Write:
+    """The short way to the lines of a logger of `set_up` or `make_logger`, for those that every task writes.
+
+    Twenty fields as keywords are copied at each of structlog's three calls: 40 us a line, and 20 by this way.
+    """
+    write: Write = log.write_fields  # type: ignore[attr-defined]
+    return write
+
+
+def _logger_class(level: int) -> type[FilteringBoundLogger]:
+    """structlog's logger for a level and up, with a way for fields that come as a dictionary."""
+
+    def write_fields(log: Any, method: str, event: str, fields: dict[str, Any]) -> None:
+        line: Any = {**log._context, **fields} if log._context else fields
+        line["event"] = event
+        for process in log._processors:
+            line = process(log._logger, method, line)
+        log._logger.msg(line)
+
+    base = structlog.make_filtering_bound_logger(level)
+    return type("Logger", (base,), {"write_fields": write_fields})
 
 
 def _processors(form: str, stream: BinaryIO, secrets: Iterable[str]) -> list[Processor]:
     encode = msgspec.json.Encoder(enc_hook=str).encode if form == "json" else _console(stream)
     renderer = _Renderer(encode, secrets)
-    return [structlog.contextvars.merge_contextvars, describe_exception, only_known_fields, renderer]
+    return [describe_exception, only_known_fields, renderer]
 
 
 # Processors
@@ -113,8 +140,8 @@ class _Renderer:
         self._stamp = _Stamp()
 
     def __call__(self, _logger: object, method: str, line: Line) -> bytes:
-        event, correlation_id = line.pop("event", None), line.pop("correlation_id", None)
-        head: dict[str, Any] = {"ts": self._stamp(), "level": method, "event": event, "correlation_id": correlation_id}
+        correlation_id = line.get("correlation_id")
+        head = {"ts": self._stamp(), "level": method, "event": line.get("event"), "correlation_id": correlation_id}
         encoded = self._encode({**head, **line})
         lowered = encoded.lower()
         for mark in self._marks:  # the expression alone would cost more than the rest of the line

@@ -3,6 +3,7 @@
 import asyncio
 import resource
 from dataclasses import dataclass
+from typing import Self
 
 import psutil
 import pytest
@@ -19,13 +20,13 @@ TOKENS = 128
 KIB_A_STREAM = 64
 SECOND_ROUND = 0.1
 """What a second round may add, as a part of what the first one may cost."""
-TRANSCRIPT_S = 2.0
+TRANSCRIPT_S = 5.0
 READ_S = 180.0
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One round: the server's resident memory with every stream open and every transcript kept, in KiB."""
+    """One round: the most resident memory that the server had in it, in KiB."""
 
     streams: int
     resident_kib: float
@@ -48,17 +49,42 @@ async def stream_once(service: LlorchProcess, number: int, all_open: asyncio.Bar
 
 
 async def run_round(service: LlorchProcess, engine: FakeEngineProcess, streams: int) -> Round:
-    """Open all streams, then let the engine go; measure when all are whole."""
+    """Open all streams, then let the engine go until all are whole."""
     all_open = asyncio.Barrier(streams + 1)
     engine.command(set={"hold": True})
-    process = psutil.Process(service.pid)
-    async with asyncio.timeout(READ_S), asyncio.TaskGroup() as group:
+    async with asyncio.timeout(READ_S), Peak(service.pid) as peak, asyncio.TaskGroup() as group:
         for number in range(streams):
             group.create_task(stream_once(service, number, all_open))
         await all_open.wait()
         await asyncio.to_thread(engine.command, set={"hold": False})
         await asyncio.to_thread(release_evenly, engine)
-    return Round(streams, process.memory_info().rss / 1024)
+    return Round(streams, peak.resident_kib)
+
+
+class Peak:
+    """Watches the resident memory of a process while it is entered."""
+
+    def __init__(self, pid: int) -> None:
+        self._process = psutil.Process(pid)
+        self._watch: asyncio.Task[None] | None = None
+        self.resident_kib = 0.0
+
+    async def __aenter__(self) -> Self:
+        self._watch = asyncio.create_task(self._look())
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        assert self._watch is not None
+        self._watch.cancel()
+        self._sample()
+
+    async def _look(self) -> None:
+        while True:
+            self._sample()
+            await asyncio.sleep(0.05)
+
+    def _sample(self) -> None:
+        self.resident_kib = max(self.resident_kib, self._process.memory_info().rss / 1024)
 
 
 def release_evenly(engine: FakeEngineProcess) -> None:

@@ -86,8 +86,8 @@ class Deployment:
 
 
 def start_main(directory: Path, ends: ExitStack) -> Deployment:
-    """Pools `solo` (one slot, room for two to wait) and `duo` (two slots) of FakeEngines; `tiny` (two slots) and `smollm2`
-    (one) of the genuine llama.cpp.
+    """Two FakeEngines: `solo` (one slot, room for two to wait) and `duo` (two). Two genuine ones: `tiny` (two slots)
+    and `smollm2` (one).
     """
     solo = started(ends, FakeEngineProcess(directory / "solo.log", model="solo"))
     duo = started(ends, FakeEngineProcess(directory / "duo.log", model="duo", slots=2))

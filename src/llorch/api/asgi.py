@@ -1,6 +1,6 @@
 """Puts the HTTP edge together: use cases in, an ASGI application out.
 
-The layers from the outside in: Correlation, Problems, Guard, the lifespan, routing, operations. None of them wraps
+The layers from the outside in: Correlation, Problems, Guard, the lifespan, operations. None of them wraps
 `send`, so a token that leaves passes through nothing.
 """
 
@@ -15,7 +15,7 @@ from connexion.resolver import Resolver
 from starlette.types import ASGIApp
 
 from llorch.api.auth import KeyRecord, Keys
-from llorch.api.compiled import CompiledOperations, CompiledRouting, Handler
+from llorch.api.compiled import CompiledOperations, Handler
 from llorch.api.context import Context
 from llorch.api.correlation import Correlation
 from llorch.api.exchange import Observe
@@ -78,7 +78,6 @@ def serve_operations(
             Problems,
             partial(Guard, header_bytes=limits.header_bytes, is_keyless=keys.is_keyless),
             LifespanMiddleware,
-            CompiledRouting,
         ],
     )
     for name in dict.fromkeys(route.spec for route in ROUTES):

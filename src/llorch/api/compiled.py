@@ -1,7 +1,8 @@
 """The contract's operations as Connexion middleware whose work per operation is compiled once, at start-up.
 
-`CompiledRouting` finds the operation of a request; `CompiledOperations` lets the caller in, validates, calls the
-handler and sends its reply. At request time nothing of the specification is looked at and no JSON Schema is run.
+Connexion reads and resolves the specifications; `CompiledOperations` finds the operation of a request, which lets the
+caller in, validates, calls the handler and sends its reply. At request time nothing of the specification is looked at
+and no JSON Schema is run.
 """
 
 import re
@@ -9,10 +10,10 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import pydantic_core
-from connexion.middleware.abstract import ROUTING_CONTEXT, RoutedAPI, RoutedMiddleware, SpecMiddleware
+from connexion.middleware.abstract import RoutedAPI, RoutedMiddleware
 from connexion.operations import AbstractOperation
 from connexion.spec import Specification
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from llorch.api.auth import NOBODY, Identity, Keys, check_scope
 from llorch.api.bodies import JsonBody
@@ -31,46 +32,6 @@ _METHODS = frozenset({"get", "put", "post", "delete", "options", "head", "patch"
 _BY_ID = {route.operation_id: route for route in ROUTES}
 
 
-class CompiledRouting(SpecMiddleware):  # type: ignore[misc]  # Connexion has no types
-    """Finds the operation by path and method. A path without parameters costs one look-up."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-        self._exact: dict[str, dict[str, str]] = {}
-        self._templates: list[tuple[re.Pattern[str], dict[str, str]]] = []
-
-    def add_api(self, specification: Specification, **_: Any) -> None:
-        """Take over every path of a specification."""
-        for path, item in specification["paths"].items():
-            methods = {method.upper(): item[method]["operationId"] for method in item if method in _METHODS}
-            if "{" in path:
-                pattern = re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>[^/]+)", re.escape(path))
-                self._templates.append((re.compile(pattern), methods))
-            else:
-                self._exact[path] = methods
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        methods = self._exact.get(scope["path"])
-        if methods is None:
-            methods, scope["path_params"] = self._match(scope["path"])
-        else:
-            scope["path_params"] = {}
-        operation_id = methods.get(scope["method"])
-        if operation_id is None:
-            raise _not_allowed(scope["method"], methods)
-        scope.setdefault("extensions", {})[ROUTING_CONTEXT] = {"api_base_path": "", "operation_id": operation_id}
-        await self._app(scope, receive, send)
-
-    def _match(self, path: str) -> tuple[dict[str, str], dict[str, str]]:
-        for pattern, methods in self._templates:
-            if match := pattern.fullmatch(path):
-                return methods, match.groupdict()
-        raise NotFound("there is no such path")
-
-
 class CompiledOperation:
     """One operation: who may call it, what it takes, who handles it."""
 
@@ -85,13 +46,13 @@ class CompiledOperation:
         self._no_content = route.success[-1]
         self._media_type = _media_type(route)
 
-    async def __call__(self, scope: Scope, receive: Receive, _send: Send) -> None:
-        exchange = exchange_of(scope)
+    async def run(self, exchange: Exchange, path: Mapping[str, str]) -> None:
+        """Answer the request; `path` are the parameters of its path. Raises what the envelope is to say."""
         exchange.operation = self._operation_id
         identity = self._admit(exchange)
-        arguments = self._parameters.read(scope["path_params"], scope["query_string"], exchange.headers)
+        arguments = self._parameters.read(path, exchange.scope["query_string"], exchange.headers)
         if self._body is not None:
-            arguments["body"] = await self._body.read(exchange.headers, receive)
+            arguments["body"] = await self._body.read(exchange.headers, exchange.receive)
         reply = await self._handler(ctx=Context(identity, exchange.correlation_id), **arguments)
         await self._send(exchange, reply)
 
@@ -118,6 +79,11 @@ class CompiledOperation:
                 raise TypeError(f"a handler returned {type(reply).__name__}")
 
 
+Methods = Mapping[str, CompiledOperation]
+
+_NO_PARAMETERS: Mapping[str, str] = {}
+
+
 class _OperationsApi(RoutedAPI[CompiledOperation]):  # type: ignore[misc]  # Connexion has no types
     def __init__(self, specification: Specification, *, keys: Keys, body_bytes: int, **kwargs: Any) -> None:
         super().__init__(specification, **kwargs)
@@ -132,7 +98,11 @@ class _OperationsApi(RoutedAPI[CompiledOperation]):  # type: ignore[misc]  # Con
 
 
 class CompiledOperations(RoutedMiddleware[_OperationsApi]):  # type: ignore[misc]  # Connexion has no types
-    """The innermost application: every operation of the specifications, ready to run."""
+    """The innermost application: every operation of the specifications, ready to run, by path and method.
+
+    A path without parameters costs one look-up. Connexion's own way, a routing context in the scope that is looked up
+    in every specification, would cost as much again as the rest of the routing.
+    """
 
     api_cls = _OperationsApi
 
@@ -140,18 +110,48 @@ class CompiledOperations(RoutedMiddleware[_OperationsApi]):  # type: ignore[misc
         super().__init__(_nowhere)
         self._keys = keys
         self._body_bytes = body_bytes
+        self._exact: dict[str, Methods] = {}
+        self._templates: list[tuple[re.Pattern[str], Methods]] = []
 
     def add_api(self, specification: Specification, **kwargs: Any) -> _OperationsApi:
-        """Compile the operations of a specification."""
+        """Compile the operations of a specification and take over its paths."""
         api: _OperationsApi = super().add_api(specification, keys=self._keys, body_bytes=self._body_bytes, **kwargs)
+        for path, item in specification["paths"].items():
+            methods = {
+                method.upper(): api.operations[item[method]["operationId"]] for method in item if method in _METHODS
+            }
+            if "{" in path:
+                pattern = re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>[^/]+)", re.escape(path))
+                self._templates.append((re.compile(pattern), methods))
+            else:
+                self._exact[path] = methods
         return api
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        path, parameters = scope["path"], _NO_PARAMETERS
+        methods = self._exact.get(path)
+        if methods is None:
+            methods, parameters = self._match(path)
+        operation = methods.get(scope["method"])
+        if operation is None:
+            raise _not_allowed(scope["method"], methods)
+        await operation.run(exchange_of(scope), parameters)
+
+    def _match(self, path: str) -> tuple[Methods, Mapping[str, str]]:
+        for pattern, methods in self._templates:
+            if match := pattern.fullmatch(path):
+                return methods, match.groupdict()
+        raise NotFound("there is no such path")
 
 
 async def _nowhere(_scope: Scope, _receive: Receive, _send: Send) -> None:
     raise NotFound("there is no such path")
 
 
-def _not_allowed(method: str, methods: Mapping[str, str]) -> MethodNotAllowed:
+def _not_allowed(method: str, methods: Mapping[str, object]) -> MethodNotAllowed:
     return MethodNotAllowed(f"the method {method[:16]} is not allowed here", details={"choices": sorted(methods)})
 
 

@@ -4,12 +4,14 @@ Malformed HTTP, a header section without end and a connection too many wear the 
 """
 
 import asyncio
+from functools import partial
 from typing import Any
 
 from starlette.types import Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from llorch.api.correlation import Correlation
+from llorch.api.exchange import RESPOND_EXTENSION
 from llorch.api.problems import Problems, raw_response
 from llorch.errors import LlorchError, PayloadTooLarge, PoolUnavailable, SchemaFault
 
@@ -37,6 +39,22 @@ class ChunkedBody:
         if not cycle.disconnected:
             self._write(b"%x\r\n%b\r\n" % (len(piece), piece))
         return True
+
+
+def respond_at_once(cycle: RequestResponseCycle, status: int, headers: bytes, body: bytes) -> bool:
+    """Send a whole response in one write, if the connection is kept and nothing has been sent.
+
+    False when it has to go ASGI's way: nothing is sent then. See `exchange.Respond`.
+    """
+    is_ready = cycle.keep_alive and not (cycle.response_started or cycle.disconnected or cycle.flow.write_paused)
+    if not is_ready or cycle.default_headers or cycle.scope["method"] == "HEAD":
+        return False
+    cycle.waiting_for_100_continue = False
+    cycle.response_started = cycle.response_complete = True
+    cycle.transport.write(b"%b%b%b" % (STATUS_LINE[status], headers, body))
+    cycle.message_event.set()
+    cycle.on_response()
+    return True
 
 
 class Protocol(HttpToolsProtocol):
@@ -78,7 +96,8 @@ class Protocol(HttpToolsProtocol):
         super().on_headers_complete()
         cycle: RequestResponseCycle | None = self.cycle
         if cycle is not None and cycle.scope is self.scope:
-            extensions: dict[str, Any] = {BODY_EXTENSION: ChunkedBody(cycle)}
+            respond = partial(respond_at_once, cycle)
+            extensions: dict[str, Any] = {BODY_EXTENSION: ChunkedBody(cycle), RESPOND_EXTENSION: respond}
             self.scope["extensions"] = extensions
 
     def send_400_response(self, msg: str) -> None:

@@ -78,7 +78,7 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 (uvicorn gives it)
-        """The first SIGTERM or SIGINT drains, the next ends the grace; open streams get their last frames either way."""
+        """The first signal drains, the next ends the grace; either way open streams get their last frames."""
         if self._loop is None:
             self.should_exit = True
             return

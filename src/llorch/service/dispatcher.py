@@ -78,7 +78,6 @@ class Dispatcher:
                 self._handle(*self._mailbox.popleft())
         finally:
             self._is_handling = False
-        self._set_wakeup()
 
     def post_to_all(self, event: ev.Event) -> None:
         """Post what concerns every route."""
@@ -145,9 +144,14 @@ class Dispatcher:
             self._perform(route_id, command, now)
         self._telemetry.observe(route_id, event, commands, now)
         if commands:
-            self._plan_advice()
-        if commands or isinstance(event, ev.AttemptEnded):
+            self._plan_advice(scheduler)
+        if scheduler.tasks or scheduler.attempts:
+            self._idle.clear()
+        elif commands or isinstance(event, ev.AttemptEnded):
             self._watch_idle()
+        due = scheduler.next_wakeup()
+        if due is not None and (self._wakeup_at is None or due < self._wakeup_at):
+            self._set_wakeup(due)
 
     def _perform(self, route_id: str, command: ev.Command, now: float) -> None:
         match command:
@@ -211,8 +215,9 @@ class Dispatcher:
         if record.completed is not None and (tokens := record.completed.usage.prompt_tokens) is not None:
             self._telemetry.observe_usage(record.placed.attempt_id, tokens)
         self._journal.append(Ended(*task.key, code=task.fault.kind.code if task.fault else None))
-        self.records.settle(record, now)
-        self._plan_expiry()
+        due = self.records.settle(record, now)
+        if self._expiry_at is None or due < self._expiry_at:
+            self._plan_expiry(due)
         self._ended.append(record)
         if self._committer is None:
             self._committer = asyncio.get_running_loop().create_task(self._write_terminal_frames())
@@ -237,23 +242,28 @@ class Dispatcher:
 
     # Time
 
-    def _set_wakeup(self) -> None:
-        due = min((at for s in self.schedulers.values() if (at := s.next_wakeup()) is not None), default=None)
-        if due == self._wakeup_at:
-            return
-        self._wakeup_at = due
+    def _set_wakeup(self, due: float) -> None:
         if self._wakeup is not None:
             self._wakeup.cancel()
-        self._wakeup = None if due is None else self._call_at(due, self._tick)
+        self._wakeup_at = due
+        self._wakeup = self._call_at(due, self._wake)
 
-    def _tick(self) -> None:
+    def _wake(self) -> None:
+        """Tick, if something is still due: what a wake-up was set for may have been called off meanwhile.
+
+        To move the timer at each such time would cost every task a timer of its own.
+        """
         self._wakeup = self._wakeup_at = None
-        self.post_to_all(ev.Tick())
+        if (due := self._next_wakeup()) is not None and due <= self.now():
+            self.post_to_all(ev.Tick())
+            due = self._next_wakeup()
+        if due is not None and self._wakeup_at is None:
+            self._set_wakeup(due)
 
-    def _plan_expiry(self) -> None:
-        due = self.records.next_expiry()
-        if due is None or (self._expiry_at is not None and self._expiry_at <= due):
-            return
+    def _next_wakeup(self) -> float | None:
+        return min((at for s in self.schedulers.values() if (at := s.next_wakeup()) is not None), default=None)
+
+    def _plan_expiry(self, due: float) -> None:
         if self._expiry is not None:
             self._expiry.cancel()  # it was for a record, and a transcript is due before it
         self._expiry_at = due
@@ -262,10 +272,11 @@ class Dispatcher:
     def _expire(self) -> None:
         self._expiry = self._expiry_at = None
         self.records.expire(self.now())
-        self._plan_expiry()
+        if (due := self.records.next_expiry()) is not None:
+            self._plan_expiry(due)
 
-    def _plan_advice(self) -> None:
-        if self._advice is None and any(len(s.queue) for s in self.schedulers.values()):
+    def _plan_advice(self, scheduler: Scheduler) -> None:
+        if self._advice is None and len(scheduler.queue):
             self._advice = asyncio.get_running_loop().call_later(ADVICE_INTERVAL_S, self._advise_waiting)
 
     def _advise_waiting(self) -> None:

@@ -1,11 +1,14 @@
 """What the use cases need from the rooms outside: an engine, a journal, a clock.
 
-The rooms outside implement these; nothing here knows how.
+The rooms outside implement these; nothing here knows how. Values that every task makes are msgspec structs: as immutable
+and comparable as a frozen dataclass, and made in 0.4 us, where that takes 0.6 us for each field.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
+
+import msgspec
 
 from llorch.domain.events import Event
 
@@ -13,8 +16,7 @@ Post = Callable[[str, Event], None]
 """Takes an event to the scheduler of a route."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sampling:
+class Sampling(msgspec.Struct, frozen=True):
     """Sampling parameters; None leaves what the profile or the engine has."""
 
     temperature: float | None = None
@@ -26,18 +28,17 @@ class Sampling:
 
     def overridden_by(self, own: "Sampling") -> "Sampling":
         """These parameters, with those that `own` names in their place."""
-        if own == NO_SAMPLING:
+        if own is NO_SAMPLING:
             return self
-        named = {f.name: value for f in fields(own) if (value := getattr(own, f.name)) not in (None, ())}
-        return replace(self, **named)
+        named = {name: value for name, value in msgspec.structs.asdict(own).items() if value not in (None, ())}
+        return msgspec.structs.replace(self, **named)
 
 
 NO_SAMPLING = Sampling()
 """Nothing is asked for."""
 
 
-@dataclass(frozen=True, slots=True)
-class Generation:
+class Generation(msgspec.Struct, frozen=True):
     """One attempt's order to an engine.
 
     `prompt` is raw text, the chat template already applied. `slot` (from 0) is the engine's slot that the attempt holds
@@ -49,11 +50,10 @@ class Generation:
     seed: int
     strict: bool
     slot: int = 0
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: Sampling = NO_SAMPLING
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(msgspec.Struct, frozen=True):
     """Token counts that the engine reported; None where it told nothing."""
 
     prompt_tokens: int | None
@@ -61,8 +61,7 @@ class Usage:
     cached_tokens: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class Completed:
+class Completed(msgspec.Struct, frozen=True):
     """The engine's last word on a generation. `finish_reason` is `stop`, `length` or `stop_sequence`."""
 
     finish_reason: str
@@ -85,8 +84,7 @@ class EngineFacts:
     features: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(msgspec.Struct, frozen=True):
     """One chat message."""
 
     role: str
@@ -152,8 +150,7 @@ class Clock(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Accepted:
+class Accepted(msgspec.Struct, frozen=True):
     """The decision to admit a task. `order` sorts the tasks of a route as they were admitted."""
 
     tenant: str
@@ -162,8 +159,7 @@ class Accepted:
     order: int
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
+class Ended(msgspec.Struct, frozen=True):
     """The decision how a task ended. `code` is None for success."""
 
     tenant: str

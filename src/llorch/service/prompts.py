@@ -4,7 +4,7 @@ The engine's own tokenizer counts, over its API, so that no long prompt blocks t
 when the number of bytes already proves that the prompt fits.
 """
 
-from dataclasses import dataclass
+import msgspec
 
 from llorch.errors import DecodeTimeout, InvalidParams, PoolUnready, WorkerReset
 from llorch.service.ports import Engine, Message
@@ -17,8 +17,7 @@ SPECIAL_TOKENS = 8
 UNREACHABLE = (WorkerReset, PoolUnready, DecodeTimeout)
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
+class Prompt(msgspec.Struct, frozen=True):
     """A task's prompt. `text` is None while messages wait for an engine that has their template.
 
     `tokens` is None where counting was not needed or not possible; `is_checked`: it is known to fit the context.

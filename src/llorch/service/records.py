@@ -5,11 +5,13 @@ A transcript expires first, its record later; a forgotten task was never there. 
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+
+import msgspec
 
 from llorch.domain.task import Task, TaskKey, WaitReason
 from llorch.errors import NotFound
-from llorch.service.ports import Completed, Sampling
+from llorch.service.ports import NO_SAMPLING, Completed
 from llorch.service.prompts import Prompt
 from llorch.service.routes import Route
 from llorch.service.streams import TaskStream
@@ -48,7 +50,7 @@ class Record:
     def free_prompt(self) -> None:
         """Give back what was only needed to run the task: the record may be kept much longer."""
         self.prompt = None
-        self.submission = replace(self.submission, prompt=None, messages=(), sampling=Sampling())
+        self.submission = msgspec.structs.replace(self.submission, prompt=None, messages=(), sampling=NO_SAMPLING)
 
     def note_wait(self, reason: WaitReason) -> None:
         """Remember why the task waits, once for each change."""
@@ -111,12 +113,14 @@ class Records:
         self._by_number.setdefault(tenant, OrderedDict())[record.number] = record
         self._make_room(tenant)
 
-    def settle(self, record: Record, now: float) -> None:
-        """The task has ended: its time to be forgotten begins."""
+    def settle(self, record: Record, now: float) -> float:
+        """The task has ended: its time to be forgotten begins. Returns when the first of it is due."""
         tenant, task_id = record.key
         self._finished.setdefault(tenant, OrderedDict())[task_id] = record
-        self._transcripts[record.number] = now + self._retention.transcript_s, record
-        self._records[record.number] = now + self._retention.record_s, record
+        gone_at, forgotten_at = now + self._retention.transcript_s, now + self._retention.record_s
+        self._transcripts[record.number] = gone_at, record
+        self._records[record.number] = forgotten_at, record
+        return min(gone_at, forgotten_at)
 
     def newest_first(self, tenant: str, before: int | None) -> Iterator[Record]:
         """A tenant's records, from the one accepted last, or from the one before number `before`."""

@@ -1,14 +1,15 @@
 """A task as it was asked for, and as it can be looked at: the values that go between the edge and the use cases."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+import msgspec
 
 from llorch.domain.task import Fault, Priority, TaskState, WaitReason
-from llorch.service.ports import Message, Sampling, Usage
+from llorch.service.ports import NO_SAMPLING, Message, Sampling, Usage
 
 
-@dataclass(frozen=True, slots=True)
-class Submission:
+class Submission(msgspec.Struct, frozen=True):
     """A well-formed request for a task, ids canonical.
 
     None means that the client left it out. `digest` is that of the canonical body, for idempotency.
@@ -32,16 +33,15 @@ class Submission:
     seed: int | None = None
     strict: bool = False
     sampler_profile_version: str | None = None
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: Sampling = NO_SAMPLING
     expected_tokens: int | None = None
     kv_hint: str | None = None
     on_disconnect: str | None = None
     has_budgets: bool = False
-    labels: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = msgspec.field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Acceptance:
+class Acceptance(msgspec.Struct, frozen=True):
     """What an accepted task was told, and is told again when it is submitted again. None is unknown."""
 
     task_id: str
@@ -65,8 +65,7 @@ class Timeline:
     attempts: int
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(msgspec.Struct, frozen=True):
     """Where the newest attempt ran or runs."""
 
     pool_id: str

@@ -1,10 +1,14 @@
 """The correlation id comes back on every response that has headers (ORCH-2014)."""
 
 import re
+from typing import Any
 
+import httpx
+
+from llorch.api.exchange import SCOPE_KEY
 from llorch.service.streams import TaskStream
 from tests.unit.api.conftest import Client
-from tests.unit.api.fakes import TASK
+from tests.unit.api.fakes import TASK, Edge, serving
 
 
 async def test_given_id_is_on_every_kind_of_response(client: Client) -> None:
@@ -47,3 +51,18 @@ async def test_id_reaches_the_use_case(client: Client) -> None:
     headers = {"X-Correlation-Id": "req-9"}
     await client.post("/v1/tasks", json={"model_ref": "smol", "prompt": "x"}, headers=headers)
     assert client.edge.tasks.correlation_ids == ["req-9"]
+
+
+async def test_request_that_is_over_is_not_held_by_its_own_scope() -> None:
+    edge = Edge(is_keyless=True)
+    over: list[tuple[bool, bool]] = []
+
+    async def watched(scope: Any, receive: Any, send: Any) -> None:
+        await edge.app(scope, receive, send)
+        if scope["type"] == "http":
+            over.append((SCOPE_KEY in scope, "extensions" in scope))
+
+    async with serving(watched) as port, httpx.AsyncClient(trust_env=False) as client:
+        for path in ("healthz", "nope"):
+            await client.get(f"http://127.0.0.1:{port}/{path}")
+    assert over == [(False, False)] * 2

@@ -2,7 +2,7 @@
 
 import json
 from typing import Any
-from uuid import UUID
+from uuid import RFC_4122, UUID
 
 import pytest
 
@@ -69,6 +69,7 @@ def test_what_the_client_left_out_is_unknown_and_ids_are_made() -> None:
     made = {submission.task_id, submission.session_id, other.task_id, other.session_id}
     assert len(made) == 4
     assert all(str(UUID(each)) == each for each in made)
+    assert {(UUID(each).version, UUID(each).variant) for each in made} == {(4, RFC_4122)}
 
 
 def test_session_budgets_are_noticed() -> None:
@@ -160,6 +161,20 @@ def test_digest_depends_on_every_field(change: dict[str, Any]) -> None:
             "priority",
             "on_disconnect",
         )
+
+
+def test_digest_depends_on_what_is_nested() -> None:
+    def schema(**properties: Any) -> dict[str, Any]:
+        return LEAST | {"sampling": {"json_schema": {"type": "object", "properties": properties}}}
+
+    assert digest(schema(a={}, b={"type": "null"})) == digest(schema(b={"type": "null"}, a={}))
+    assert digest(schema(a={}, b={"type": "null"})) != digest(schema(a={}, b={"type": "string"}))
+    first, last = FULL["messages"]
+    assert digest(FULL | {"messages": [first, last | {"content": "How?"}]}) != digest(FULL)
+    assert digest(FULL | {"messages": [first, last | {"role": "assistant"}]}) != digest(FULL)
+    budgets = {digest(LEAST | {"session_budgets": {"tokens": tokens}}) for tokens in (5, 6)} | {digest(LEAST)}
+    inputs = {digest({"model_ref": "smol", "inputs": texts}) for texts in (["x"], ["x", "y"], ["y", "x"])}
+    assert (len(budgets), len(inputs)) == (3, 3)
 
 
 def test_ids_that_the_server_makes_are_not_in_the_digest() -> None:

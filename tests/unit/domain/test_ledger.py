@@ -99,4 +99,4 @@ def test_peer_bug_15_replicas_without_leases_are_not_remembered() -> None:
     for number in range(100):
         ledger.settle_slot(ledger.hold_slot(f"r{number}").attempt_id)
     assert ledger.leases() == []
-    assert not ledger._by_replica
+    assert not ledger._slots
