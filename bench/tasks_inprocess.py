@@ -25,7 +25,7 @@ from llorch.domain.events import ReplicaChanged
 from llorch.domain.ledger import Ledger, SessionLimits
 from llorch.domain.pool import Replica, ReplicaState
 from llorch.domain.scheduler import RoutePolicy, Scheduler
-from llorch.domain.task import Cohort, Priority, TaskKey
+from llorch.domain.task import Cohort, TaskKey
 from llorch.service.dispatcher import Dispatcher
 from llorch.service.inventory import Fact
 from llorch.service.limits import Limits
@@ -102,7 +102,8 @@ class Bench:
         pools = Pools(
             routes=Routes([route]), pools=[pool], replicas=[replica], schedulers={ROUTE: scheduler}, clock=clock
         )
-        log = telemetry_log.make_logger(level, "json", stream=Path(os.devnull).open("wb", buffering=0))
+        null = Path(os.devnull).open("wb", buffering=0)  # noqa: SIM115 (for as long as the process lives)
+        log = telemetry_log.make_logger(level, "json", stream=null)
         telemetry = Telemetry(FAMILIES, [RouteScope(ROUTE, "llamacpp", "m")], log, self._describe)
         self.records = Records(Retention(records_per_tenant=10**9))
         self.dispatcher = Dispatcher(
@@ -171,7 +172,7 @@ async def measure_cpu(bench: Bench, tasks: int, *, profile: bool) -> float:
     if profile:
         profiler.disable()
         out = io.StringIO()
-        pstats.Stats(profiler, stream=out).sort_stats("tottime").print_stats(120)
+        pstats.Stats(profiler, stream=out).sort_stats("tottime").print_stats(60)
         print(out.getvalue())
     gc.enable()
     return spent / tasks * 1e6

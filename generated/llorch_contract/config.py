@@ -218,8 +218,8 @@ class Streams(Settings):
     transcript_max_frames: Annotated[
         StrictInt,
         Field(
-            description="Token frames that one task may have. A task whose max_tokens cannot fit is refused.",
-            ge=1,
+            description="Durable frames of one task's stream, three of them not tokens. A task whose max_tokens cannot fit is refused.",
+            ge=4,
             le=1048576,
         ),
     ] = 8192

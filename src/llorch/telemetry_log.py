@@ -87,14 +87,14 @@ def writer_of(log: FilteringBoundLogger) -> Write:
 
 
 def _logger_class(level: int) -> type[FilteringBoundLogger]:
-    """structlog's logger for a level and up, with a way for fields that come as a dictionary."""
+    """The filtering logger of structlog for a level and up, with a way for fields that come as a dictionary."""
 
-    def write_fields(log: Any, method: str, event: str, fields: dict[str, Any]) -> None:
-        line: Any = {**log._context, **fields} if log._context else fields
+    def write_fields(self: Any, method: str, event: str, fields: dict[str, Any]) -> None:
+        line: Any = {**self._context, **fields} if self._context else fields
         line["event"] = event
-        for process in log._processors:
-            line = process(log._logger, method, line)
-        log._logger.msg(line)
+        for process in self._processors:
+            line = process(self._logger, method, line)
+        self._logger.msg(line)
 
     base = structlog.make_filtering_bound_logger(level)
     return type("Logger", (base,), {"write_fields": write_fields})

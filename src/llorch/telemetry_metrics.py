@@ -76,7 +76,7 @@ class _Counter:
     def inc(self, amount: float = 1) -> None:
         self.value += amount
 
-    def observe(self, amount: float) -> None:
+    def observe(self, amount: float) -> None:  # noqa: ARG002 (a Series has both)
         raise TypeError("a counter takes no measurements")
 
 
@@ -90,7 +90,7 @@ class _Histogram:
         self.counts = [0] * (len(bounds) + 1)
         self.sum = 0.0
 
-    def inc(self, amount: float = 1) -> None:
+    def inc(self, amount: float = 1) -> None:  # noqa: ARG002 (a Series has both)
         raise TypeError("a histogram does not count")
 
     def observe(self, amount: float) -> None:

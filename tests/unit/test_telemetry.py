@@ -287,6 +287,18 @@ def test_task_leaves_one_line_at_its_start_and_one_at_its_end(watched: Watched) 
     assert (place | who | where | told).items() <= end.items()
 
 
+def test_fields_of_a_line_that_the_level_filters_are_not_even_asked_for(watched: Watched) -> None:
+    def describe(_: TaskKey) -> dict[str, str]:
+        raise AssertionError("asked for a line that nobody reads")
+
+    log = telemetry_log.make_logger("warning", "json", stream=watched.out)
+    watched.telemetry = Telemetry(FAMILIES, [RouteScope(ROUTE, "llamacpp", "m")], log, describe)
+    watched.ready()
+    watched.end("a", watched.submit("a"))
+    assert watched.lines() == []
+    assert watched.value("tasks_finished_total") == 1
+
+
 def test_every_line_has_the_required_fields_first(watched: Watched) -> None:
     watched.ready()
     for text in watched.out.getvalue().splitlines():

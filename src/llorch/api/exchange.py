@@ -70,7 +70,7 @@ class Exchange:
         await self.write(body, more=more)
 
     def _respond_at_once(self, status: int, content_type: bytes, body: bytes) -> bool:
-        """Most answers have these headers only, and uvicorn takes 30 us to check five headers and two messages."""
+        """Most answers have these headers only; so they cost 30 us less than as two messages that uvicorn checks."""
         extensions = self.scope.get("extensions")
         respond: Respond | None = extensions and extensions.get(RESPOND_EXTENSION)
         if respond is None:

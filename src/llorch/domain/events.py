@@ -111,6 +111,9 @@ Deciding = (
 )
 """Facts that orders may follow from."""
 
+QUIET = (FollowerJoined, FirstToken, TokensProduced)
+"""Facts that no order follows from and no time is set by: two thirds of what a task posts."""
+
 Event = Deciding | FollowerJoined | FollowerLeft | FirstToken | TokensProduced
 
 

@@ -74,7 +74,7 @@ class Fleet:
 
     def can_serve(self, need: Need) -> bool:
         """Some replica that meets the need is Ready or may yet become it."""
-        for replica in self._replicas.values():  # asked for every task: a generator would take twice as long
+        for replica in self._replicas.values():  # noqa: SIM110 (asked for every task; a generator takes twice as long)
             if not replica.state.is_gone and replica.meets(need):
                 return True
         return False
@@ -87,4 +87,6 @@ class Fleet:
     def least_loaded(self, free: Sequence[Replica], need: Need) -> Replica:
         """Of those that meet the need, the one with the smallest share of its slots busy; the first of equals."""
         fit = [replica for replica in free if replica.meets(need)]
-        return fit[0] if len(fit) == 1 else min(fit, key=lambda replica: self._ledger.busy_slots(replica.replica_id) / replica.slots)
+        if len(fit) == 1:
+            return fit[0]
+        return min(fit, key=lambda replica: self._ledger.busy_slots(replica.replica_id) / replica.slots)

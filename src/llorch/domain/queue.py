@@ -11,7 +11,7 @@ from llorch.domain.task import Need, Priority, Task
 
 
 class Lane:
-    """The tasks with one need, by their order: a sorted list, as nearly all tasks come at its end and leave at its head.
+    """The tasks with one need, by their order: a sorted list, as nearly all come at its end and leave at its head.
 
     A task through an empty lane costs 1 us, where a tree-like container takes 7; taking the head of 10,000 moves 80 kB.
     """

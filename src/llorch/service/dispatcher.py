@@ -6,7 +6,7 @@ process goes to the journal first; terminal frames follow its commit.
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from llorch.domain import events as ev
 from llorch.domain.faults import REPLICA_FAULTS, SHUTDOWN
@@ -143,8 +143,14 @@ class Dispatcher:
         for command in commands:
             self._perform(route_id, command, now)
         self._telemetry.observe(route_id, event, commands, now)
+        if not isinstance(event, ev.QUIET):
+            self._follow_up(scheduler, event, commands)
+
+    def _follow_up(self, scheduler: Scheduler, event: ev.Event, commands: Sequence[ev.Command]) -> None:
         if commands:
             self._plan_advice(scheduler)
+            if isinstance(event, ev.AttemptStalled):
+                self._on_suspect(scheduler.attempts[event.attempt_id].replica_id)
         if scheduler.tasks or scheduler.attempts:
             self._idle.clear()
         elif commands or isinstance(event, ev.AttemptEnded):

@@ -21,7 +21,6 @@ PROBE_S = 2.0
 
 FIRST_RETRY_S, LAST_RETRY_S = 0.1, 2.0
 """Between probes of one that is not: doubled from the first to the last."""
-"""Takes an event to the scheduler of a route."""
 
 
 class Pools:
@@ -56,7 +55,7 @@ class Pools:
         return self._view(pool)
 
     def replica_sets(self) -> Sequence[ReplicaSetView]:
-        """The cohorts of each route among the replicas whose engine has answered."""
+        """The cohorts of each route, by what is known of each replica now."""
         sets: dict[tuple[str, Cohort], list[ReplicaHealth]] = {}
         for watched in self._watched.values():
             key = watched.config.pool.route.route_id, watched.replica().cohort

@@ -87,9 +87,8 @@ class Watched:
         """Ask the replica how and what it is."""
         try:
             await self.config.engine.check_health()
-            if self.state is not ReplicaState.READY:
-                self._facts = await self.config.engine.read_facts()
-                self._compare(self._facts)
+            self._facts = await self.config.engine.read_facts()
+            self._compare(self._facts)
         except PoolUnready as error:
             self._set(ReplicaState.LOADING if not self._was_ready else ReplicaState.UNREADY, error)
         except LlorchError as error:

@@ -84,8 +84,8 @@ class Records:
 
     def __init__(self, retention: Retention) -> None:
         self._retention = retention
-        self._by_tenant: dict[str, OrderedDict[str, Record]] = {}
-        self._by_number: dict[str, OrderedDict[int, Record]] = {}
+        self._by_tenant: dict[str, dict[str, Record]] = {}
+        self._by_number: dict[str, dict[int, Record]] = {}
         self._finished: dict[str, OrderedDict[str, Record]] = {}
         self._transcripts: OrderedDict[int, tuple[float, Record]] = OrderedDict()
         self._records: OrderedDict[int, tuple[float, Record]] = OrderedDict()
@@ -109,14 +109,16 @@ class Records:
         self._last_number += 1
         record.number = self._last_number
         tenant, task_id = record.key
-        self._by_tenant.setdefault(tenant, OrderedDict())[task_id] = record
-        self._by_number.setdefault(tenant, OrderedDict())[record.number] = record
+        self._by_tenant.setdefault(tenant, {})[task_id] = record
+        self._by_number.setdefault(tenant, {})[record.number] = record
         self._make_room(tenant)
 
     def settle(self, record: Record, now: float) -> float:
         """The task has ended: its time to be forgotten begins. Returns when the first of it is due."""
         tenant, task_id = record.key
-        self._finished.setdefault(tenant, OrderedDict())[task_id] = record
+        if tenant not in self._finished:
+            self._finished[tenant] = OrderedDict()
+        self._finished[tenant][task_id] = record
         gone_at, forgotten_at = now + self._retention.transcript_s, now + self._retention.record_s
         self._transcripts[record.number] = gone_at, record
         self._records[record.number] = forgotten_at, record
@@ -124,7 +126,7 @@ class Records:
 
     def newest_first(self, tenant: str, before: int | None) -> Iterator[Record]:
         """A tenant's records, from the one accepted last, or from the one before number `before`."""
-        for number, record in reversed(self._by_number.get(tenant, OrderedDict()).items()):
+        for number, record in reversed(self._by_number.get(tenant, {}).items()):
             if before is None or number < before:
                 yield record
 

@@ -84,10 +84,10 @@ class _Progress:
 
     def end(self) -> None:
         """Tell of what has not been told yet; nothing more will come."""
-        self._stream.call_at(None)
         if self._timer is not None:
             self._timer.cancel()
         self._report()
+        self._stream.call_at(None)  # last: what the stream calls would be held for as long as its record
 
     def _begin(self) -> None:
         self._post(self._route_id, ev.FirstToken(self._attempt.task, self._attempt.attempt_id))

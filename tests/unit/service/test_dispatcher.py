@@ -172,6 +172,21 @@ async def test_peer_bug_08_expired_task_never_reaches_an_engine() -> None:
         assert house.tasks.get(TENANT, "b").output == ""
 
 
+async def test_wake_up_that_was_called_off_posts_no_tick_and_sets_the_next() -> None:
+    async with House(policy=RoutePolicy(wall_s=60.0)) as house:
+        await house.submit("a")
+        (await house.engine.generation(0)).finish()
+        await house.dispatcher.wait_idle()
+        await asyncio.sleep(30.0)
+        await house.submit("b")
+        await asyncio.sleep(45.0)  # past the wall time of "a", which has long ended
+        assert house.telemetry.events(ev.Tick) == []
+        assert house.state("b") is TaskState.RUNNING
+        await asyncio.sleep(20.0)
+        assert len(house.telemetry.events(ev.Tick)) == 1
+        assert house.state("b") is TaskState.FAILED
+
+
 async def test_wall_timeout_aborts_the_attempt() -> None:
     policy = RoutePolicy(wall_s=60.0)
     async with House(policy=policy) as house:
