@@ -41,12 +41,10 @@ class Runner:
             await engine.wait_released(attempt.slot)
             raise
         except DecodeTimeout as error:
-            fault = fault_of(error)
-            post(record.route.route_id, ev.AttemptStalled(attempt.task, attempt.attempt_id, fault))
+            post(record.route.route_id, ev.AttemptStalled(attempt.task, attempt.attempt_id, fault_of(error)))
             with suppress(asyncio.CancelledError):
                 await asyncio.sleep(0)  # here the Abort arrives that the scheduler answered with
             await engine.wait_released(attempt.slot)
-            return fault
         except LlorchError as error:
             return fault_of(error)
         return None
