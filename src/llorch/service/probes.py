@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from llorch.domain.pool import Replica, ReplicaState
 from llorch.domain.task import Cohort
-from llorch.errors import LlorchError, PoolUnready
+from llorch.errors import LlorchError, PoolUnavailable, PoolUnready
 from llorch.service.inventory import Fact, LastError
 from llorch.service.ports import Clock, Engine, EngineFacts
 from llorch.service.routes import Route
@@ -89,6 +89,8 @@ class Watched:
             await self.config.engine.check_health()
             self._facts = await self.config.engine.read_facts()
             self._compare(self._facts)
+        except PoolUnavailable as mismatch:
+            self._set(ReplicaState.UNREADY, mismatch)
         except PoolUnready as error:
             self._set(ReplicaState.LOADING if not self._was_ready else ReplicaState.UNREADY, error)
         except LlorchError as error:
@@ -120,18 +122,18 @@ class Watched:
         self.last_error = LastError(error.code, error.message, self._clock.wall())
 
     def _compare(self, facts: EngineFacts) -> None:
-        """Raise PoolUnready when the engine is not what its pool says."""
+        """Raise PoolUnavailable when the engine is not what its pool says."""
         ctx, slots = self.config.pool.route.ctx, self.config.slots
         if facts.slots is not None and facts.slots < slots:
-            raise PoolUnready(f"the engine has {facts.slots} slots, the configuration says {slots}")
+            raise PoolUnavailable(f"the engine has {facts.slots} slots, the configuration says {slots}")
         if facts.ctx_per_slot is not None and facts.ctx_per_slot < ctx:
-            raise PoolUnready(f"the engine has a context of {facts.ctx_per_slot} per slot, the pool says {ctx}")
+            raise PoolUnavailable(f"the engine has a context of {facts.ctx_per_slot} per slot, the pool says {ctx}")
         for name, said, told in (
             ("version", self.config.engine_version, facts.engine_version),
             ("model digest", self.config.model_digest, facts.model_digest),
         ):
             if said.source == "stated" and told is not None and told != said.value:
-                raise PoolUnready(f"the engine's {name} is {told}, the configuration says {said.value}")
+                raise PoolUnavailable(f"the engine's {name} is {told}, the configuration says {said.value}")
 
     @staticmethod
     def _fact(configured: Fact, told: str | None) -> Fact:

@@ -81,7 +81,7 @@ async def test_replica_that_is_not_what_its_pool_says_is_not_ready(
     engine = FakeEnginePort()
     engine.facts = replace(engine.facts, **told)
     made = await probed(engine, slots, **stated)
-    assert made.state is ReplicaState.LOADING
+    assert made.state is ReplicaState.UNREADY
     assert made.last_error is not None
     assert word in made.last_error.message
 
