@@ -80,9 +80,10 @@ class _Sender:
         except StopIteration:
             return
         except Exception as exc:  # noqa: BLE001 (whoever appended the frame has nothing to do with it)
-            reader.on_ready = None
+            reader.on_ready = reader.write = None
             _log.error("stream_failed", exc_info=exc)
             return
+        reader.write = None  # or a later token could be written between the client's having room and the task's turn
         self._waiting = asyncio.ensure_future(self._send_rest(sending, awaited))
 
     def stop(self) -> None:
@@ -94,6 +95,7 @@ class _Sender:
         await _Begun(sending, awaited)
         self._waiting = None
         if self._reader.on_ready is not None:
+            self._reader.write = self.write_now
             self.send_ready()
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from llorch.api.exchange import Exchange
+from llorch.api.protocol import BODY_EXTENSION
 from llorch.api.sse import send_events
 from llorch.service.streams import TaskStream
 from tests.unit.api.conftest import Client
@@ -206,3 +207,34 @@ async def test_stream_of_another_tenant_is_not_found_peer_bug_22(client: Client)
     unknown = await client.get(STREAM.replace(TASK[:8], "00000000"), headers=client.edge.bearer("data"))
     assert foreign.status_code == unknown.status_code == 404
     assert foreign.json() | {"correlation_id": ""} == unknown.json() | {"correlation_id": ""}
+
+
+class DirectBody:
+    """The shorter way to the wire, shut while the client's buffer is full."""
+
+    def __init__(self, wire: Wire) -> None:
+        self._wire = wire
+
+    def try_write(self, piece: bytes) -> bool:
+        if not self._wire.has_room.is_set():
+            return False
+        self._wire.sent.append({"type": "http.response.body", "body": piece, "more_body": True})
+        return True
+
+
+async def test_token_does_not_overtake_a_piece_that_waited_for_room() -> None:
+    wire = Wire()
+    exchange = wire.exchange()
+    exchange.scope["extensions"] = {BODY_EXTENSION: DirectBody(wire)}
+    stream = TaskStream()
+    following = asyncio.create_task(send_events(exchange, 200, stream.join(0, lambda: None)))
+    while not wire.sent:  # noqa: ASYNC110 (the head of the response)
+        await asyncio.sleep(0)
+    wire.has_room.clear()
+    stream.append_tokens(["waits"])
+    await asyncio.sleep(0)
+    wire.has_room.set()
+    stream.append_tokens(["comes before the waiting task has had its turn"])
+    stream.close("end", {})
+    await following
+    assert wire.body == b"".join(stream.frames)
