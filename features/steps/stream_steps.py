@@ -215,7 +215,8 @@ def _time_cancel(context: Context, who: str, model: str, name: str, *, event: st
     world = context.world
     engine = world.deployment.genuine(model)
     busy_before = engine.count_busy()
-    accepted(world.submit(who, name, model, prompt=prompt, max_tokens=500))
+    # Enough to be still at it when the cancel comes; behind a long prompt the context has less room.
+    accepted(world.submit(who, name, model, prompt=prompt, max_tokens=1900 if event == "token" else 500))
     stream = world.follow(who, name)
     stream.until(event)
     wait_for(lambda: engine.count_busy() == busy_before + 1, "the engine computes")
