@@ -66,11 +66,15 @@ class AttemptStalled:
 
 @dataclass(frozen=True, slots=True)
 class AttemptEnded:
-    """The attempt is over and the engine has let go of its slot. Without a fault it ran to its end."""
+    """The attempt is over and the engine has let go of its slot. Without a fault it ran to its end.
+
+    `prompt_tokens` as the engine counted them; None when it did not tell.
+    """
 
     task: TaskKey
     attempt_id: int
     fault: Fault | None = None
+    prompt_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +82,21 @@ class ReplicaChanged:
     """A replica is now as told here."""
 
     replica: Replica
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """The engine itself says that `foreign_slots` of its slots work for somebody else than this service."""
+
+    replica_id: str
+    foreign_slots: int
+
+
+@dataclass(frozen=True, slots=True)
+class LimitLifted:
+    """Another route settled what kept the tenant's tasks from starting."""
+
+    tenant: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +124,8 @@ Deciding = (
     | AttemptStalled
     | AttemptEnded
     | ReplicaChanged
+    | EngineLoad
+    | LimitLifted
     | SessionDeleted
     | ShutdownRequested
     | Tick
@@ -119,10 +140,14 @@ Event = Deciding | FollowerJoined | FollowerLeft | FirstToken | TokensProduced
 
 @dataclass(frozen=True, slots=True)
 class Admit:
-    """The task is in; `queue_position` tasks are ahead of it."""
+    """The task is in; `queue_position` tasks are ahead of it.
+
+    `backoff_s`: seconds after which the flow's next submission is no burden to others; None while unknown.
+    """
 
     task: Task
     queue_position: int
+    backoff_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,10 +175,18 @@ class Abort:
 
 @dataclass(frozen=True, slots=True)
 class Requeue:
-    """The attempt failed before its first token; the task waits at its old place again."""
+    """The attempt failed before its first token, or made room; the task waits at its old place again."""
 
     task: Task
     fault: Fault
+
+
+@dataclass(frozen=True, slots=True)
+class Evict:
+    """Make the engine forget the KV cache in an idle slot, where it can."""
+
+    replica_id: str
+    slot: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,4 +196,4 @@ class Finish:
     task: Task
 
 
-Command = Admit | Reject | Start | Abort | Requeue | Finish
+Command = Admit | Reject | Start | Abort | Requeue | Evict | Finish

@@ -30,13 +30,14 @@ class ReplicaState(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """One engine process as last told."""
+    """One engine process as last told. `can_interrupt`: it stops decoding at once when it is told to."""
 
     replica_id: str
     pool_id: str
     slots: int
     cohort: Cohort
     state: ReplicaState = ReplicaState.STARTING
+    can_interrupt: bool = False
 
     def meets(self, need: Need) -> bool:
         """A task with this need may run here."""

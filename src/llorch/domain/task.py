@@ -29,6 +29,18 @@ class WaitReason(StrEnum):
     SLOTS_BUSY = "slots_busy"
     NO_READY_REPLICA = "no_ready_replica"
     NO_EXACT_REPLICA = "no_exact_replica"
+    QUOTA = "quota"
+
+
+class Affinity(StrEnum):
+    """Whether a task met the replica that its session was served by last.
+
+    MISS: that one was busy or too loaded. REPIN: it can serve the session no more.
+    """
+
+    HIT = "hit"
+    MISS = "miss"
+    REPIN = "repin"
 
 
 class TaskState(Enum):
@@ -101,11 +113,29 @@ EXACT = Need(exact=True)
 
 
 @dataclass(frozen=True, slots=True)
+class Budgets:
+    """What a session may use in its life: prompt and generated tokens, seconds of running, cost. None is unlimited."""
+
+    tokens: int | None = None
+    time_s: float | None = None
+    cost: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A time to come, in seconds: its mean and its variance (s squared)."""
+
+    mean_s: float
+    var_s2: float
+
+
+@dataclass(frozen=True, slots=True)
 class TaskSpec:
     """The wishes of a submitted task as far as they touch order, placement and time.
 
-    `deadline_s` counts from acceptance to the terminal frame. `abort_late` ends a running task at its deadline.
-    `cancel_unread` cancels the task some time after its last reader left.
+    `prompt_tokens` is counted or estimated. `deadline_s` counts from acceptance to the terminal frame. `abort_late`
+    ends a running task at its deadline. `cancel_unread` cancels the task some time after its last reader left.
+    `can_continue`: broken off, it may go on from its text so far. `wants_warm`: its session's KV cache is of use to it.
     """
 
     key: TaskKey
@@ -113,15 +143,23 @@ class TaskSpec:
     priority: Priority
     max_tokens: int
     expected_tokens: int
+    prompt_tokens: int = 0
     strict: bool = False
     deadline_s: float | None = None
     abort_late: bool = False
     cancel_unread: bool = False
+    can_continue: bool = True
+    wants_warm: bool = True
+    budgets: Budgets | None = None
 
 
 @dataclass(slots=True)
 class Attempt:
-    """One run of a task on a replica. It outlives its task while the engine is still letting go."""
+    """One run of a task on a replica. It outlives its task while the engine is still letting go.
+
+    `work_s` is what was predicted for it, `tokens_before` what earlier attempts had produced. One that `is_preempted`
+    was told to make room; its task waits again when the engine let go.
+    """
 
     attempt_id: int
     task: TaskKey
@@ -129,6 +167,12 @@ class Attempt:
     slot: int
     started_at: float
     has_token: bool = False
+    first_token_at: float | None = None
+    work_s: float = 0.0
+    tokens_before: int = 0
+    is_preempted: bool = False
+    affinity: Affinity | None = None
+    kv_warmth: bool | None = None
 
 
 @dataclass(slots=True)
@@ -136,7 +180,8 @@ class Task:
     """A task that the scheduler admitted and has not finished. Times are seconds of the caller's monotonic clock.
 
     `order` grows with admission and is kept for life: a requeued task takes its old place again. `started_at` is when
-    the first attempt started.
+    the first attempt started. `due` sorts a flow by deadline. `cost` is what waiting for it means in weighted tokens,
+    `charged_tokens` and `has_paid_prompt` what its flow was charged for it. `predicted_wait` was told at acceptance.
     """
 
     spec: TaskSpec
@@ -150,6 +195,15 @@ class Task:
     first_token_at: float | None = None
     ended_at: float | None = None
     tokens_out: int = 0
+    prompt_tokens: int = 0
+    due: float = 0.0
+    cost: float = 0.0
+    charged_tokens: int = 0
+    has_paid_prompt: bool = False
+    predicted_wait: Estimate | None = None
+    on_time_probability: float | None = None
+    preemptions: int = 0
+    run_s: float = 0.0
     readers: int = 0
     is_late: bool = False
     fault: Fault | None = None
