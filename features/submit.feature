@@ -8,7 +8,7 @@ Feature: Submit, follow, read
   Scenario: From submit to the end of the stream
     When Alice submits "a" to duo with max_tokens 5
     Then "a" is accepted as running at position 0
-    And what is unknown in the acceptance of "a" is null
+    And the acceptance of "a" predicts a start at once, or nothing
     When Alice reads the stream of "a" to its end
     Then it is: started, 5 tokens, end
     And its text is what the engine made for "a"
@@ -44,19 +44,16 @@ Feature: Submit, follow, read
     And "a" is succeeded
     And the engine of duo saw 1 generation
 
-  @OC-CORE-1003 @ORCH-3075 @ORCH-3029 @FAULT-24
-  Scenario: First come, first served within a priority, and interactive before batch
+  @OC-CORE-1003 @ORCH-3029 @FAULT-24
+  Scenario: First come, first served among a tenant's tasks of a priority
     Given solo holds its tokens
     When Alice submits "first" to solo
-    And Alice submits "batch 1" to solo with priority batch
-    And Bob submits "batch 2" to solo with priority batch
-    And Bob submits "second" to solo
+    And Alice submits "second" to solo
     And Alice submits "third" to solo
     Then "third" is accepted as queued at position 1
-    And "batch 2" waits at position 3
     When solo lets everything go on
     And all of them have ended
-    Then the engine of solo saw them in this order: first, second, third, batch 1, batch 2
+    Then the engine of solo saw them in this order: first, second, third
 
   @ORCH-2020 @ORCH-3057
   Scenario: Messages reach the engine through its chat template, a prompt as it is

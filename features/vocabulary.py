@@ -2,7 +2,7 @@
 
 from behave import register_type
 
-PEOPLE = "Alice|Bob|the batch key|the operator"
+PEOPLE = "Alice|Bob|Carol|Dave|the batch key|the operator"
 
 
 def _pattern(expression: str):

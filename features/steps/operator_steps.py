@@ -19,7 +19,8 @@ def step_queues(context: Context, pool: str, interactive: int, batch: int, capac
     queues = {queue["priority"]: queue for queue in _pool(context, pool)["queues"]}
     found = {priority: (queue["depth"], queue["capacity"]) for priority, queue in queues.items()}
     assert found == {"interactive": (interactive, capacity), "batch": (batch, capacity)}, found
-    assert {queue["full_policy"] for queue in queues.values()} == {"reject"}
+    policies = {priority: queue["full_policy"] for priority, queue in queues.items()}
+    assert policies == {"interactive": "reject", "batch": "drop-lru"}, policies
 
 
 @then("{busy:d} of {slots:d} slots of {pool:Model} are busy")

@@ -103,6 +103,96 @@ class Priority(StrEnum):
     batch = "batch"
 
 
+class FullPolicy(StrEnum):
+    """
+    What a full queue does. `reject` answers 429; `drop-lru` ends the tenant's oldest waiting task of that priority; `shed-low-priority` ends the tenant's newest waiting batch task in favour of an interactive one, and the route's bound is the sum of both priorities.
+    """
+
+    reject = "reject"
+    drop_lru = "drop-lru"
+    shed_low_priority = "shed-low-priority"
+
+
+class Fairness(StrEnum):
+    """
+    Between priorities, shares by weight or the more urgent one first.
+    """
+
+    wfq = "wfq"
+    strict = "strict"
+
+
+class Order(StrEnum):
+    """
+    Within a tenant and priority, as admitted or by deadline.
+    """
+
+    fifo = "fifo"
+    edf = "edf"
+
+
+class TokenCost(Settings):
+    """
+    What a token weighs in shares.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    prompt: Annotated[
+        StrictFloat,
+        Field(description="Weight of a prompt token.", ge=0.0, le=1000000.0),
+    ] = 1.0
+    output: Annotated[
+        StrictFloat,
+        Field(description="Weight of a generated token.", gt=0.0, le=1000000.0),
+    ] = 2.0
+
+
+class PreemptionMode(StrEnum):
+    """
+    Whether running tasks are broken off for more urgent ones.
+    """
+
+    soft = "soft"
+    hard = "hard"
+
+
+class Price(Settings):
+    """
+    What tokens cost, in a unit of the operator's choice.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    prompt_per_1k: Annotated[
+        StrictFloat,
+        Field(description="Cost of 1000 prompt tokens.", ge=0.0, le=1000000.0),
+    ] = 0.0
+    output_per_1k: Annotated[
+        StrictFloat,
+        Field(description="Cost of 1000 generated tokens.", ge=0.0, le=1000000.0),
+    ] = 0.0
+
+
+class Rate(Settings):
+    """
+    A rate that holds in the long run, and how far it may be run ahead of at once.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    per_s: Annotated[
+        StrictFloat,
+        Field(description="Tasks a second in the long run.", gt=0.0, le=1000000.0),
+    ]
+    burst: Annotated[
+        StrictInt, Field(description="Tasks at once after a pause.", ge=1, le=1000000)
+    ]
+
+
 class Timeouts(Settings):
     """
     How long an engine may take. A task that exceeds one ends in DECODE_TIMEOUT and its slot is freed.
@@ -180,7 +270,7 @@ class Replica(Settings):
 
 class Sessions(Settings):
     """
-    How long sessions live.
+    How long sessions live, and how they keep to their replica.
     """
 
     model_config = ConfigDict(
@@ -197,6 +287,22 @@ class Sessions(Settings):
     turns: Annotated[
         StrictInt, Field(description="Tasks that a session takes.", ge=1, le=1000000)
     ] = 8
+    bindings: Annotated[
+        StrictInt,
+        Field(
+            description="Sessions of a route whose replica and slot are remembered for their next task; the one that was bound longest ago is forgotten first.",
+            ge=1,
+            le=10000000,
+        ),
+    ] = 10000
+    detour_ms: Annotated[
+        StrictInt,
+        Field(
+            description="A session stays on its replica while that one has at most this many milliseconds of predicted work more than the least loaded.",
+            ge=0,
+            le=3600000,
+        ),
+    ] = 500
 
 
 class Streams(Settings):
@@ -399,24 +505,91 @@ class Key(Settings):
     ] = [Priority.interactive, Priority.batch]
 
 
-class Queue(Settings):
+class FullPolicies(Settings):
     """
-    The bounded queue of a route.
+    What a full queue does, by priority.
     """
 
     model_config = ConfigDict(
         extra="forbid",
     )
-    capacity: Annotated[
-        StrictInt,
-        Field(description="Tasks that may wait, for each priority.", ge=1, le=1000000),
-    ] = 256
-    full_policy: Annotated[
-        Literal["reject"],
+    interactive: Annotated[
+        FullPolicy, Field(description="For interactive tasks.")
+    ] = FullPolicy.reject
+    batch: Annotated[
+        FullPolicy,
         Field(
-            description="What happens to a task that finds its queue full. `reject` answers 429."
+            description="For batch tasks, where `shed-low-priority` has nothing to shed and refuses."
         ),
-    ] = "reject"
+    ] = FullPolicy.drop_lru
+
+
+class LevelWeights(Settings):
+    """
+    Weights of the priorities.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    interactive: Annotated[
+        StrictFloat,
+        Field(
+            description="Weight of interactive tasks together.", gt=0.0, le=1000000.0
+        ),
+    ] = 8
+    batch: Annotated[
+        StrictFloat,
+        Field(description="Weight of batch tasks together.", gt=0.0, le=1000000.0),
+    ] = 1
+
+
+class Preemption(Settings):
+    """
+    Whether running tasks are broken off for more urgent ones, and how often.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    mode: Annotated[
+        PreemptionMode,
+        Field(
+            description="`soft` touches nothing that runs. `hard` breaks off running tasks of priorities that are not protected and goes on with them later, where the engine can be interrupted."
+        ),
+    ] = PreemptionMode.soft
+    per_minute: Annotated[
+        StrictInt,
+        Field(
+            description="Most tasks of the route that are broken off in any minute.",
+            ge=0,
+            le=1000000,
+        ),
+    ] = 6
+    protected: Annotated[
+        list[Priority],
+        Field(
+            description="Priorities whose running tasks are never broken off.",
+            max_length=2,
+        ),
+    ] = [Priority.interactive]
+
+
+class Rates(Settings):
+    """
+    How fast tasks may be submitted, by priority.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    interactive: Annotated[
+        Rate | None,
+        Field(description="Rate of interactive tasks; no limit when absent."),
+    ] = None
+    batch: Annotated[
+        Rate | None, Field(description="Rate of batch tasks; no limit when absent.")
+    ] = None
 
 
 class Log(Settings):
@@ -433,6 +606,186 @@ class Log(Settings):
     format: Annotated[
         LogFormat, Field(description="One JSON object per line, or lines for people.")
     ] = LogFormat.json
+
+
+class Queue(Settings):
+    """
+    The bounded queue of a route, and the order in which its tasks start.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    capacity: Annotated[
+        StrictInt,
+        Field(description="Tasks that may wait, for each priority.", ge=1, le=1000000),
+    ] = 256
+    full_policy: Annotated[
+        FullPolicies,
+        Field(
+            description="What a full queue does, by priority, with the submission of a tenant that has its fair share of places. A tenant with fewer waiting takes the place of the newest task of the tenant furthest above its share, whatever stands here.",
+            validate_default=True,
+        ),
+    ] = FullPolicies()
+    fairness: Annotated[
+        Fairness,
+        Field(
+            description="`wfq` shares tokens between priorities by level_weights; `strict` starts every interactive task before any batch task, so that batch may wait for ever. Tenants of a priority share by weight under both."
+        ),
+    ] = Fairness.wfq
+    order: Annotated[
+        Order,
+        Field(
+            description="Order within a tenant and priority: `fifo` as admitted, `edf` by deadline."
+        ),
+    ] = Order.fifo
+    edf_default_ms: Annotated[
+        StrictInt,
+        Field(
+            description="Under `edf`, milliseconds from arrival that stand in for the deadline of a task without one.",
+            ge=1,
+            le=604800000,
+        ),
+    ] = 60000
+    level_weights: Annotated[
+        LevelWeights,
+        Field(
+            description="Shares of the priorities under `wfq`, as far as they have tasks waiting.",
+            validate_default=True,
+        ),
+    ] = LevelWeights()
+    token_cost: Annotated[
+        TokenCost,
+        Field(
+            description="What a token weighs in shares, in the same unit for both kinds.",
+            validate_default=True,
+        ),
+    ] = TokenCost()
+    feasible_probability: Annotated[
+        StrictFloat,
+        Field(
+            description="A task whose predicted chance to meet its deadline is below this is refused with DEADLINE_UNMET; 0 refuses only what is certain to be late. Nothing is refused while rates are unknown.",
+            ge=0.0,
+            le=1.0,
+        ),
+    ] = 0.05
+
+
+class Tenant(Settings):
+    """
+    Weight and quotas of one tenant, over all routes. What is absent is that of tenant_defaults.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    name: Annotated[
+        StrictStr,
+        Field(
+            description="The tenant, as a key names it; `local` without keys.",
+            pattern="^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
+        ),
+    ]
+    weight: Annotated[
+        StrictFloat | None,
+        Field(
+            description="Its share relative to the other tenants of a priority.",
+            gt=0.0,
+            le=1000000.0,
+        ),
+    ] = None
+    max_queued: Annotated[
+        StrictInt | None,
+        Field(
+            description="Tasks of it that may wait; more answers 429.", ge=1, le=1000000
+        ),
+    ] = None
+    max_concurrent: Annotated[
+        StrictInt | None,
+        Field(
+            description="Tasks of it that may run at once; more wait.", ge=1, le=1000000
+        ),
+    ] = None
+    rate: Annotated[
+        Rates,
+        Field(
+            description="How fast it may submit, by priority; faster answers 429.",
+            validate_default=True,
+        ),
+    ] = Rates()
+    tokens_per_minute: Annotated[
+        StrictInt | None,
+        Field(
+            description="Prompt and generated tokens a minute. Expected ones are reserved, what goes beyond them becomes debt; more answers 429.",
+            ge=1,
+            le=1000000000000,
+        ),
+    ] = None
+    kv_tokens: Annotated[
+        StrictInt | None,
+        Field(
+            description="Context of all its running tasks together, in tokens; more waits. One task larger than that runs alone.",
+            ge=1,
+            le=1000000000000,
+        ),
+    ] = None
+
+
+class TenantDefaults(Settings):
+    """
+    Weight and quotas of a tenant whose entry does not say otherwise. A quota that is absent here, too, does not bind.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    weight: Annotated[
+        StrictFloat,
+        Field(
+            description="Share of a tenant relative to the others of a priority.",
+            gt=0.0,
+            le=1000000.0,
+        ),
+    ] = 1
+    max_queued: Annotated[
+        StrictInt | None,
+        Field(
+            description="Tasks of a tenant that may wait; more answers 429.",
+            ge=1,
+            le=1000000,
+        ),
+    ] = None
+    max_concurrent: Annotated[
+        StrictInt | None,
+        Field(
+            description="Tasks of a tenant that may run at once; more wait.",
+            ge=1,
+            le=1000000,
+        ),
+    ] = None
+    rate: Annotated[
+        Rates,
+        Field(
+            description="How fast a tenant may submit, by priority; faster answers 429.",
+            validate_default=True,
+        ),
+    ] = Rates()
+    tokens_per_minute: Annotated[
+        StrictInt | None,
+        Field(
+            description="Prompt and generated tokens of a tenant a minute; more answers 429.",
+            ge=1,
+            le=1000000000000,
+        ),
+    ] = None
+    kv_tokens: Annotated[
+        StrictInt | None,
+        Field(
+            description="Context of all running tasks of a tenant together, in tokens; more waits.",
+            ge=1,
+            le=1000000000000,
+        ),
+    ] = None
 
 
 class Pool(Settings):
@@ -510,6 +863,20 @@ class Pool(Settings):
             validate_default=True,
         ),
     ] = Queue()
+    preemption: Annotated[
+        Preemption,
+        Field(
+            description="Whether running tasks are broken off for more urgent ones. Pools of one route must agree.",
+            validate_default=True,
+        ),
+    ] = Preemption()
+    price: Annotated[
+        Price,
+        Field(
+            description="What tokens cost, for the cost budgets of sessions. Pools of one route must agree.",
+            validate_default=True,
+        ),
+    ] = Price()
     timeouts: Annotated[
         Timeouts,
         Field(description="How long the engine may take.", validate_default=True),
@@ -551,8 +918,27 @@ class Config(Settings):
             validate_default=True,
         ),
     ] = []
+    tenants: Annotated[
+        list[Tenant],
+        Field(
+            description="Weights and quotas of tenants by name. A tenant is whom a key belongs to, or `local` without keys; any other name is an error. What an entry leaves out is that of tenant_defaults.",
+            max_length=10000,
+            validate_default=True,
+        ),
+    ] = []
+    tenant_defaults: Annotated[
+        TenantDefaults,
+        Field(
+            description="Weight and quotas of every tenant, as far as its entry in tenants does not say otherwise.",
+            validate_default=True,
+        ),
+    ] = TenantDefaults()
     sessions: Annotated[
-        Sessions, Field(description="How long sessions live.", validate_default=True)
+        Sessions,
+        Field(
+            description="How long sessions live, and how they keep to their replica.",
+            validate_default=True,
+        ),
     ] = Sessions()
     streams: Annotated[
         Streams,

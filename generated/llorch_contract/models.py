@@ -18,6 +18,16 @@ from pydantic import (
 from typing_extensions import TypeAliasType
 
 
+class Affinity(StrEnum):
+    """
+    Whether a task met the replica that its session was served by last. `hit`, it did; `miss`, that replica was busy or too loaded; `repin`, that replica can serve the session no more, and another one does from now on.
+    """
+
+    hit = "hit"
+    miss = "miss"
+    repin = "repin"
+
+
 class Determinism(StrEnum):
     """
     What a task asks for. A strict task starts only on replicas of the class `exact`, and the same inputs give the same tokens inside a replica set. best_effort promises nothing.
@@ -114,7 +124,7 @@ class FinishReason(StrEnum):
 
 class FullPolicy(StrEnum):
     """
-    What happens when a queue is full.
+    What a full queue does with the submission of a tenant that has its fair share of places. `reject` refuses it, `drop-lru` ends the oldest waiting task of the same tenant and priority, `shed-low-priority` ends that tenant's newest waiting batch task in favour of an interactive one.
     """
 
     reject = "reject"
@@ -456,7 +466,7 @@ class Sampling(Model):
 
 class SessionBudgets(Constrained):
     """
-    Budgets of a session, set by its first task. A server that does not keep session budgets answers 422 INVALID_PARAMS.
+    Budgets of a session, set by its first task and renewed by none. Each task reserves its most (prompt tokens and max_tokens, and what they cost) before it is accepted, and gives back what it did not use when it ends. A later task may repeat them or leave them out; others answer 422 INVALID_PARAMS.
     """
 
     min_properties: ClassVar[int] = 1
@@ -470,7 +480,11 @@ class SessionBudgets(Constrained):
     ] = MISSING
     time_ms: Annotated[
         StrictInt | MISSING,
-        Field(description="Milliseconds of running time.", ge=1, le=31536000000),
+        Field(
+            description="Milliseconds of running time. A task whose session has none left while it runs ends in BUDGET_EXHAUSTED.",
+            ge=1,
+            le=31536000000,
+        ),
     ] = MISSING
     cost: Annotated[
         StrictFloat | MISSING,
@@ -533,6 +547,10 @@ class StartedFrame(Model):
             description="Whether the session's KV cache was there; null while unknown."
         ),
     ]
+    affinity: Annotated[
+        Affinity | None | MISSING,
+        Field(description="Null when the session had no replica yet."),
+    ] = MISSING
 
 
 class StreamEventName(StrEnum):
@@ -621,13 +639,14 @@ class Usage(Model):
 
 class WaitReason(StrEnum):
     """
-    Why a task waits. `tasks_ahead`, others start first; `slots_busy`, it is next but no slot is free; `no_ready_replica`, no replica of the route is Ready; `no_exact_replica`, the task is strict and no replica of the class exact is Ready.
+    Why a task waits. `tasks_ahead`, others start first; `slots_busy`, it is next but no slot is free; `no_ready_replica`, no replica of the route is Ready; `no_exact_replica`, the task is strict and no replica of the class exact is Ready; `quota`, the tenant runs as much at once as it may.
     """
 
     tasks_ahead = "tasks_ahead"
     slots_busy = "slots_busy"
     no_ready_replica = "no_ready_replica"
     no_exact_replica = "no_exact_replica"
+    quota = "quota"
 
 
 class Workload(StrEnum):
@@ -642,7 +661,7 @@ class Workload(StrEnum):
 
 class BudgetsRemaining(Model):
     """
-    What is left of a session's budgets; null is a budget that was not set.
+    What is left of a session's budgets, open reservations taken off; null is a budget that was not set.
     """
 
     tokens: Annotated[
@@ -744,7 +763,11 @@ class MetricsFrame(Model):
 
     on_time_probability: Annotated[
         StrictFloat | None | MISSING,
-        Field(description="Chance to meet the deadline.", ge=0.0, le=1.0),
+        Field(
+            description="Predicted chance that the task ends before its deadline; absent or null while rates are unknown.",
+            ge=0.0,
+            le=1.0,
+        ),
     ] = MISSING
     queue_depth: Annotated[
         StrictInt | None | MISSING,
@@ -753,6 +776,22 @@ class MetricsFrame(Model):
     kv_warmth: Annotated[
         StrictBool | None | MISSING,
         Field(description="Whether the session's KV cache is on the replica."),
+    ] = MISSING
+    affinity: Annotated[
+        Affinity | None | MISSING,
+        Field(description="Whether the attempt that begins met the session's replica."),
+    ] = MISSING
+    preempted: Annotated[
+        StrictBool | None | MISSING,
+        Field(
+            description="True when the task was broken off to make room, false when it goes on."
+        ),
+    ] = MISSING
+    resumable: Annotated[
+        StrictBool | None | MISSING,
+        Field(
+            description="Whether a task that was broken off goes on behind the last token that it sent."
+        ),
     ] = MISSING
     budgets: Annotated[
         BudgetsRemaining | None | MISSING,
@@ -822,7 +861,7 @@ class Problem(Model):
     retry_after_ms: Annotated[
         StrictInt | None,
         Field(
-            description="Milliseconds to wait before the next try; null while unknown.",
+            description="Milliseconds to wait before the next try, from the drain rate of the limit that refused, jittered and at most an hour; null while unknown.",
             ge=0,
             le=86400000,
         ),
@@ -830,7 +869,7 @@ class Problem(Model):
     policy_label: Annotated[
         StrictStr | None,
         Field(
-            description="The policy that decided: `reject`, `drop-lru`, `shed-low-priority`, `quota`, `session-turns`, `shutdown`, …; null when no policy did.",
+            description="The policy that decided; null when none did. A full queue: `reject`, `drop-lru`, `shed-low-priority`, `fair-share`. A deadline that cannot be met: `deadline`. Quotas of the tenant: `rate`, `max-queued`, `tokens-per-minute`, `open-streams`. Budgets of the session: `session-turns`, `session-tokens`, `session-time`, `session-cost`. Others: `shutdown`, and for a cancelled task `session` or `reader-gone`. More may come.",
             max_length=64,
             min_length=1,
             pattern="^[a-z][a-z0-9_-]{0,63}$",
@@ -859,7 +898,7 @@ class QueuedFrame(Model):
     queue_position: Annotated[
         StrictInt,
         Field(
-            description="How many waiting tasks of the route are before this one; 0 means next, or started at once.",
+            description="How many waiting tasks of the route would start before this one in fair order; 0 means next, or started at once.",
             ge=0,
             le=9007199254740991,
         ),
@@ -867,7 +906,7 @@ class QueuedFrame(Model):
     predicted_start_ms: Annotated[
         StrictInt | None,
         Field(
-            description="Predicted milliseconds until the task starts, from measured rates; null while unknown.",
+            description="Predicted milliseconds until the task starts, from measured rates and the work ahead in fair order; null while unknown.",
             ge=0,
             le=9007199254740991,
         ),
@@ -1211,7 +1250,7 @@ class TaskAccepted(Model):
     queue_position: Annotated[
         StrictInt,
         Field(
-            description="How many waiting tasks of the route are before this one; 0 means next, or started at once.",
+            description="How many waiting tasks of the route would start before this one in fair order; 0 means next, or started at once.",
             ge=0,
             le=9007199254740991,
         ),
@@ -1219,7 +1258,7 @@ class TaskAccepted(Model):
     predicted_start_ms: Annotated[
         StrictInt | None,
         Field(
-            description="Predicted milliseconds until the task starts, from measured rates; null while unknown.",
+            description="Predicted milliseconds until the task starts, from measured rates and the work ahead in fair order; null while unknown.",
             ge=0,
             le=9007199254740991,
         ),
@@ -1232,6 +1271,12 @@ class TaskAccepted(Model):
             le=86400000,
         ),
     ]
+    budgets: Annotated[
+        BudgetsRemaining | None | MISSING,
+        Field(
+            description="Remaining budgets of the session, this task's reservation taken off; null when the session has none."
+        ),
+    ] = MISSING
 
 
 class TaskRequest(Constrained):
@@ -1320,7 +1365,7 @@ class TaskRequest(Constrained):
     deadline_ms: Annotated[
         StrictInt | MISSING,
         Field(
-            description="Milliseconds from acceptance to the terminal frame. A task whose deadline passes in the queue ends in DEADLINE_UNMET.",
+            description="Milliseconds from acceptance to the terminal frame. One that cannot be met answers 422 DEADLINE_UNMET; a task whose deadline passes in the queue ends in DEADLINE_UNMET.",
             ge=1,
             le=604800000,
         ),
@@ -1349,7 +1394,7 @@ class TaskRequest(Constrained):
     expected_tokens: Annotated[
         StrictInt | MISSING,
         Field(
-            description="Tokens that the caller expects; by default max_tokens. More than max_tokens answers 422.",
+            description="Tokens that the caller expects; by default max_tokens. They are charged to its share when the task starts and corrected as tokens come. More than max_tokens answers 422.",
             ge=1,
             le=1048576,
         ),
@@ -1476,6 +1521,14 @@ class TaskTimeline(Model):
         StrictInt,
         Field(description="How many attempts have started.", ge=0, le=1000000),
     ]
+    preemptions: Annotated[
+        StrictInt | MISSING,
+        Field(
+            description="How often the task was broken off to make room for more urgent work.",
+            ge=0,
+            le=1000000,
+        ),
+    ] = MISSING
 
 
 class Capabilities(Model):
@@ -1637,7 +1690,7 @@ class Task(Model):
     predicted_start_ms: Annotated[
         StrictInt | None,
         Field(
-            description="Predicted milliseconds until the task starts, from measured rates; null while unknown.",
+            description="Predicted milliseconds until the task starts, from measured rates and the work ahead in fair order; null while unknown.",
             ge=0,
             le=9007199254740991,
         ),

@@ -71,7 +71,7 @@ ROUTES: tuple[Route, ...] = (
         responses=((202, ('application/json',)), (400, ('application/json',)), (401, ('application/json',)), (403, ('application/json',)), (404, ('application/json',)), (409, ('application/json',)), (413, ('application/json',)), (415, ('application/json',)), (422, ('application/json',)), (429, ('application/json',)), (500, ('application/json',)), (503, ('application/json',))),
         success=(202,),
         scope='data',
-        req_ids=('ORCH-2001', 'ORCH-2006', 'ORCH-2007', 'ORCH-2008', 'ORCH-2009', 'ORCH-2014', 'ORCH-2020', 'ORCH-2021', 'ORCH-2022', 'ORCH-2023', 'ORCH-2024', 'ORCH-2025', 'ORCH-2026', 'ORCH-2028', 'ORCH-2037', 'ORCH-2043', 'ORCH-3005', 'ORCH-3014', 'ORCH-3079', 'ORCH-3099', 'ORCH-3110', 'ORCH-3114', 'ORCH-3200', 'ORCH-3205'),
+        req_ids=('ORCH-2001', 'ORCH-2006', 'ORCH-2007', 'ORCH-2008', 'ORCH-2009', 'ORCH-2014', 'ORCH-2020', 'ORCH-2021', 'ORCH-2022', 'ORCH-2023', 'ORCH-2024', 'ORCH-2025', 'ORCH-2026', 'ORCH-2028', 'ORCH-2037', 'ORCH-2043', 'ORCH-3005', 'ORCH-3006', 'ORCH-3014', 'ORCH-3077', 'ORCH-3079', 'ORCH-3099', 'ORCH-3110', 'ORCH-3114', 'ORCH-3200', 'ORCH-3205'),
     ),
     Route(
         operation_id='list_tasks',
@@ -198,7 +198,7 @@ ROUTES: tuple[Route, ...] = (
         responses=((200, ('text/event-stream',)), (204, ()), (400, ('application/json',)), (401, ('application/json',)), (403, ('application/json',)), (404, ('application/json',)), (410, ('application/json',)), (422, ('application/json',)), (429, ('application/json',)), (500, ('application/json',))),
         success=(200, 204),
         scope='data',
-        req_ids=('ORCH-2002', 'ORCH-2011', 'ORCH-2012', 'ORCH-2013', 'ORCH-2014', 'ORCH-2032', 'ORCH-2033', 'ORCH-2034', 'ORCH-2036', 'ORCH-3200', 'ORCH-3201', 'ORCH-3205'),
+        req_ids=('ORCH-2002', 'ORCH-2011', 'ORCH-2012', 'ORCH-2013', 'ORCH-2014', 'ORCH-2032', 'ORCH-2033', 'ORCH-2034', 'ORCH-2036', 'ORCH-3087', 'ORCH-3200', 'ORCH-3201', 'ORCH-3205'),
     ),
     Route(
         operation_id='cancel_task',
@@ -264,7 +264,7 @@ ROUTES: tuple[Route, ...] = (
         responses=((200, ('application/json',)), (400, ('application/json',)), (401, ('application/json',)), (403, ('application/json',)), (404, ('application/json',)), (500, ('application/json',))),
         success=(200,),
         scope='data',
-        req_ids=('ORCH-2004', 'ORCH-2014', 'ORCH-2042', 'ORCH-3200', 'ORCH-3201'),
+        req_ids=('ORCH-2004', 'ORCH-2014', 'ORCH-2042', 'ORCH-3099', 'ORCH-3200', 'ORCH-3201'),
     ),
     Route(
         operation_id='delete_session',

@@ -20,29 +20,39 @@ from llorch import config
 from llorch.adapters.http import Timeouts
 from llorch.adapters.llamacpp import LlamaCppEngine
 from llorch.api.asgi import build_api
-from llorch.api.auth import KeyRecord
 from llorch.api.server import Address, Server
 from llorch.domain.events import ShutdownRequested
-from llorch.domain.ledger import Ledger, SessionLimits
-from llorch.domain.scheduler import RoutePolicy, Scheduler
+from llorch.domain.ledger import Ledger
+from llorch.domain.scheduler import Scheduler
 from llorch.domain.task import Priority, TaskKey
 from llorch.errors import ConfigError, LaunchError
 from llorch.launch.llamacpp import EngineProcess
 from llorch.launch.model_file import DEMO_MODEL_NAME, find_demo_model
 from llorch.service.dispatcher import Dispatcher
 from llorch.service.inventory import Fact
-from llorch.service.limits import Limits
 from llorch.service.pools import Pools
-from llorch.service.ports import Sampling
 from llorch.service.probes import UNVERIFIED, Pool, ReplicaConfig
-from llorch.service.records import Records, Retention
-from llorch.service.routes import Route, Routes
+from llorch.service.records import Records
+from llorch.service.routes import Routes
 from llorch.service.runner import Runner
 from llorch.service.sessions import Sessions
-from llorch.service.streams import OVERHEAD_FRAMES, OpenReaders
+from llorch.service.streams import OpenReaders
 from llorch.service.tasks import Tasks
+from llorch.settings import (
+    CPU_NOTICE,
+    client_limits,
+    default_quota,
+    key_records,
+    quotas,
+    retention,
+    route_id_of,
+    route_policy,
+    route_scopes,
+    service_pool,
+    session_limits,
+)
 from llorch.stores.memory import MemoryJournal
-from llorch.telemetry import RouteScope, Sample, Telemetry
+from llorch.telemetry import Sample, Telemetry
 from llorch.telemetry_log import set_up as set_up_logging
 from llorch_contract.metrics import FAMILIES
 
@@ -52,11 +62,7 @@ RELEASE_S = 5.0
 SPARE_FILES = 256
 """Open files beside connections: logs, sockets that listen, probes."""
 
-CPU_NOTICE = "CPU demonstration: this pool runs on the CPU (allow_cpu); its speed says nothing of a GPU."
-
 DEMO_POOL, DEMO_CTX = "demo", 2048
-
-LLAMACPP_FEATURES = frozenset({"prompt", "messages", "stop", "grammar", "json_schema"})
 
 
 class SystemClock:
@@ -75,35 +81,27 @@ class Service:
         self.settings = settings
         self.log = log
         clock, streams = SystemClock(), settings.streams
-        pools = [_pool(settings, pool) for pool in settings.pools]
+        pools = [service_pool(settings, pool) for pool in settings.pools]
         replicas = list(_replicas(settings, pools, measured))
         routes = {pool.route.route_id: pool.route for pool in pools}
-        ledger = Ledger(SessionLimits(ttl_s=settings.sessions.ttl_s, turns=settings.sessions.turns))
-        policies = {f"{pool.engine}/{pool.model}": _policy(settings, pool) for pool in settings.pools}
-        schedulers = {route_id: Scheduler(policies[route_id], ledger) for route_id in routes}
+        ledger = Ledger(session_limits(settings), quotas(settings), default_quota(settings))
+        policies = {route_id_of(pool): route_policy(settings, pool) for pool in settings.pools}
+        schedulers = {name: Scheduler(policy, ledger) for name, policy in policies.items()}
         self.pools = Pools(
             routes=Routes(routes.values()), pools=pools, replicas=replicas, schedulers=schedulers, clock=clock
         )
-        scopes = [RouteScope(route.route_id, route.engine, route.model) for route in routes.values()]
-        self.telemetry = Telemetry(FAMILIES, scopes, log, self._describe)
-        records = Records(
-            Retention(
-                transcript_s=streams.transcript_ttl_s,
-                record_s=streams.record_ttl_s,
-                records_per_tenant=streams.records_per_tenant,
-            )
-        )
+        self.telemetry = Telemetry(FAMILIES, route_scopes(settings), log, self._describe)
         self.dispatcher = Dispatcher(
             schedulers=schedulers,
             ledger=ledger,
-            records=records,
+            records=Records(retention(settings)),
             journal=MemoryJournal(),
             runner=Runner({replica.replica_id: replica.engine for replica in replicas}),
             telemetry=self.telemetry,
             clock=clock,
             on_suspect=self.pools.suspect,
         )
-        limits = _limits(settings)
+        limits = client_limits(settings)
         self.readers = OpenReaders(streams.heartbeat_s)
         self.api = build_api(
             tasks=Tasks(
@@ -117,7 +115,7 @@ class Service:
             sessions=Sessions(self.dispatcher),
             pools=self.pools,
             limits=limits,
-            keys=[_key(key) for key in settings.keys],
+            keys=key_records(settings),
             metrics_text=lambda: self.telemetry.render(self._samples()),
             lifespan=self.lifespan,
             observe=self.telemetry.observe_request,
@@ -274,38 +272,6 @@ def _demo_settings(settings: config.Settings, engine: EngineProcess) -> config.S
     return settings.model_copy(update={"pools": [config.Pool.model_validate(pool)]})
 
 
-# From the configuration to what each part needs of it
-
-
-def _pool(settings: config.Settings, pool: config.Pool) -> Pool:
-    route = Route(
-        route_id=f"{pool.engine}/{pool.model}",
-        engine=pool.engine,
-        model=pool.model,
-        quant=pool.quant,
-        ctx=pool.ctx,
-        sampler_profile_version=pool.sampler_profile_version,
-        allow_cpu=pool.allow_cpu,
-        can_be_strict=_can_be_strict(settings, pool),
-        features=LLAMACPP_FEATURES,
-        sampling=_sampling(settings, pool.sampler_profile_version),
-    )
-    return Pool(pool.id, route, CPU_NOTICE if pool.allow_cpu else None)
-
-
-def _can_be_strict(settings: config.Settings, pool: config.Pool) -> bool:
-    """Some replica of the route is exact by its configuration: llama.cpp is with one slot."""
-    route = (pool.engine, pool.model)
-    return any(replica.slots == 1 for p in settings.pools if (p.engine, p.model) == route for replica in p.replicas)
-
-
-def _sampling(settings: config.Settings, version: str) -> Sampling:
-    profile = settings.sampler_profiles.get(version)
-    if profile is None:
-        return Sampling()
-    return Sampling(profile.temperature, profile.top_p, profile.top_k, tuple(profile.stop or ()))
-
-
 def _replicas(
     settings: config.Settings, pools: Sequence[Pool], measured: Sequence[EngineProcess]
 ) -> Iterator[ReplicaConfig]:
@@ -337,37 +303,4 @@ def _engine(pool: config.Pool, replica: config.Replica) -> LlamaCppEngine:
         api_key=replica.api_key.get_secret_value() if replica.api_key else None,
         timeouts=Timeouts(connect_s=timeouts.connect_s, first_byte_s=timeouts.first_byte_s, idle_s=timeouts.idle_s),
         ssl_context=ssl.create_default_context() if replica.url.startswith("https:") else None,
-    )
-
-
-def _policy(settings: config.Settings, pool: config.Pool) -> RoutePolicy:
-    return RoutePolicy(
-        capacity=dict.fromkeys(Priority, pool.queue.capacity),
-        wall_s=pool.timeouts.wall_s,
-        unread_grace_s=settings.streams.disconnect_grace_s,
-    )
-
-
-def _limits(settings: config.Settings) -> Limits:
-    limits, streams = settings.server.limits, settings.streams
-    return Limits(
-        body_bytes=limits.body_bytes,
-        header_bytes=limits.header_bytes,
-        prompt_chars=limits.prompt_chars,
-        max_tokens=streams.transcript_max_frames - OVERHEAD_FRAMES,
-        open_streams=limits.open_streams,
-        session_ttl_ms=round(settings.sessions.ttl_s * 1000),
-        session_turns=settings.sessions.turns,
-        disconnect_grace_ms=round(streams.disconnect_grace_s * 1000),
-        transcript_retention_ms=round(streams.transcript_ttl_s * 1000),
-    )
-
-
-def _key(key: config.Key) -> KeyRecord:
-    return KeyRecord(
-        id=key.id,
-        sha256=key.sha256,
-        tenant=key.tenant,
-        scopes=frozenset(scope.value for scope in key.scopes),
-        priorities=frozenset(Priority(priority.value) for priority in key.priorities),
     )

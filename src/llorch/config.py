@@ -5,7 +5,7 @@ line, setting and remedy, and never a value, which may be a secret.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from ipaddress import ip_address
 from pathlib import Path as FilePath
 from typing import Any, TypeVar
@@ -32,12 +32,18 @@ from llorch_contract.config import (
     Limits,
     Log,
     Pool,
+    Preemption,
+    Price,
     Queue,
+    Rate,
+    Rates,
     Replica,
     SamplerProfile,
     Server,
     Sessions,
     Streams,
+    Tenant,
+    TenantDefaults,
     Timeouts,
     Tls,
 )
@@ -48,20 +54,30 @@ __all__ = [
     "Limits",
     "Log",
     "Pool",
+    "Preemption",
+    "Price",
     "Queue",
+    "Rate",
+    "Rates",
     "Replica",
     "SamplerProfile",
     "Server",
     "Sessions",
     "Settings",
     "Streams",
+    "Tenant",
+    "TenantDefaults",
     "Timeouts",
     "Tls",
     "load",
+    "tenant_names",
 ]
 
 EMPTY_PROFILE = "v1"
 """The sampler profile that exists without being configured; it sets nothing."""
+
+KEYLESS_TENANT = "local"
+"""Who everybody is when no keys are configured."""
 
 Part = TypeVar("Part", bound=BaseModel)
 
@@ -86,6 +102,11 @@ def load(path: FilePath | None, environ: Mapping[str, str], *, warn: Callable[[s
     for warning in warnings:
         warn(str(warning))
     return settings
+
+
+def tenant_names(keys: Iterable[Key]) -> list[str]:
+    """Every tenant that there is, each once, in the order of the keys."""
+    return list(dict.fromkeys(key.tenant for key in keys)) or [KEYLESS_TENANT]
 
 
 def _read(path: FilePath | None) -> Document:
@@ -202,6 +223,8 @@ def _described(error: ValidationError, schema: Schema) -> str:
 
 _INDISTINCT = "tasks name model and engine, which cannot tell the two routes apart; make them equal, or rename a model"
 _ONE_QUEUE = "pools of one route must agree here; make them equal"
+_OF_A_ROUTE = ("queue", "preemption", "price", "timeouts")
+"""Sections of a pool that are those of its route."""
 
 
 class _Rules:
@@ -211,12 +234,14 @@ class _Rules:
         self._document = document
         self._pools = list(self._parts("pools", Pool))
         self._keys = list(self._parts("keys", Key))
+        self._tenants = list(self._parts("tenants", Tenant))
 
     def check(self) -> None:
         """Add the problems to the document's."""
         self._check_unique()
         self._check_routes()
         self._check_profiles()
+        self._check_tenants()
         self._check_exposure()
         self._check_tls()
 
@@ -232,6 +257,7 @@ class _Rules:
         self._unique(((*at, "id"), pool.id) for at, pool in self._pools)
         self._unique(((*at, "id"), key.id) for at, key in self._keys)
         self._unique(((*at, "sha256"), key.sha256) for at, key in self._keys)
+        self._unique(((*at, "name"), tenant.name) for at, tenant in self._tenants)
         replicas = [(at, list(enumerate(pool.replicas))) for at, pool in self._pools]
         self._unique(
             ((*at, "replicas", index, "url"), _address(replica.url)) for at, some in replicas for index, replica in some
@@ -248,14 +274,14 @@ class _Rules:
                 self._document.complain(path, f"the same as {place}; each needs its own")
 
     def _check_routes(self) -> None:
-        """1. model and engine name one route. 2. Pools of one route share a queue and its timeouts."""
+        """1. model and engine name one route. 2. Pools of one route share its queue, its rules and its timeouts."""
         firsts: dict[tuple[str, str], tuple[Path, Pool]] = {}
         for path, pool in self._pools:
             first_path, first = firsts.setdefault((pool.model, pool.engine), (path, pool))
             identity = _differences(pool, first, ("quant", "ctx", "sampler_profile_version"))
             for name in identity:
                 self._complain_differs((*path, name), (*first_path, name), _INDISTINCT)
-            for section in () if identity else ("queue", "timeouts"):
+            for section in () if identity else _OF_A_ROUTE:
                 mine, theirs = getattr(pool, section), getattr(first, section)
                 for name in _differences(mine, theirs, type(mine).model_fields):
                     self._complain_differs((*path, section, name), (*first_path, section, name), _ONE_QUEUE)
@@ -272,6 +298,24 @@ class _Rules:
                 meant = nearest(name, profiles)
                 hint = f'did you mean "{meant}"?' if meant else "add it to sampler_profiles"
                 self._document.complain((*path, "sampler_profile_version"), f"no such sampler profile; {hint}")
+
+    def _check_tenants(self) -> None:
+        """A quota of a tenant that nobody belongs to would bind nothing, and silently."""
+        written = self._document.values.get("keys", [])
+        if not isinstance(written, list) or len(self._keys) < len(written):
+            return  # a key of wrong form may be the one that names it
+        known = tenant_names(key for _, key in self._keys)
+        for path, tenant in self._tenants:
+            if tenant.name not in known:
+                self._document.complain(
+                    (*path, "name"), f"no key belongs to this tenant; {self._tenant_hint(tenant, known)}"
+                )
+
+    def _tenant_hint(self, tenant: Tenant, known: list[str]) -> str:
+        if not self._keys:
+            return f'without keys everybody is "{KEYLESS_TENANT}"'
+        meant = nearest(tenant.name, known)
+        return f'did you mean "{meant}"?' if meant else "name the tenant of a key, or add a key (`llorch keys new`)"
 
     def _check_exposure(self) -> None:
         host = self._server().get("host", Server().host)

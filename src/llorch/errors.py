@@ -100,6 +100,13 @@ class AdmissionReject(LlorchError):
     retriable = True
 
 
+class QueueFullDropLru(LlorchError):
+    """The queue was full, and a newer task of the same tenant took the place."""
+
+    code = "QUEUE_FULL_DROP_LRU"
+    retriable = True
+
+
 class QuotaExceeded(LlorchError):
     """A limit of this tenant is used up for now."""
 
@@ -151,6 +158,13 @@ class WorkerReset(LlorchError):
     """The replica was lost while it worked on the task."""
 
     code = "WORKER_RESET"
+    retriable = True
+
+
+class DeterminismViolation(LlorchError):
+    """A replay did not give the tokens that were sent before."""
+
+    code = "DETERMINISM_VIOLATION"
     retriable = True
 
 

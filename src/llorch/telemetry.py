@@ -4,8 +4,9 @@ It only watches. It keeps what it needs to label a running attempt until that at
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from structlog.typing import FilteringBoundLogger
@@ -13,9 +14,10 @@ from structlog.typing import FilteringBoundLogger
 from llorch.domain import events as ev
 from llorch.domain.pool import Replica, ReplicaState
 from llorch.domain.task import Fault, Priority, Task, TaskKey, TaskState
-from llorch.errors import DecodeTimeout
+from llorch.errors import DecodeTimeout, Forbidden
 from llorch.telemetry_log import writer_of
 from llorch.telemetry_metrics import CONTENT_TYPE, Family, Metrics, Sample, Series
+from llorch.telemetry_shares import Flow, Shares
 
 __all__ = ["CONTENT_TYPE", "UNVERIFIED", "Family", "RouteScope", "Sample", "Telemetry"]
 
@@ -25,9 +27,13 @@ UNVERIFIED = "unverified"
 NO_ENGINE = "none"
 """Label where no route was found."""
 
-QUOTA = "quota"
-POLICIES = frozenset({"reject", "session-turns", "shutdown", QUOTA})
-"""The policies of the label of that name; any other policy of a refusal is some quota."""
+FORBIDDEN_STATUS = 403
+
+DROPS = frozenset({"drop-lru", "shed-low-priority", "fair-share"})
+"""Policies by which an admitted task loses its place in a full queue to another one."""
+
+SHED = "shed-low-priority"
+PREEMPTED = "preempted"
 
 Describe = Callable[[TaskKey], Mapping[str, Any]]
 """Log fields of a task that the domain does not know, such as its correlation_id; empty when the task is unknown."""
@@ -35,11 +41,13 @@ Describe = Callable[[TaskKey], Mapping[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class RouteScope:
-    """What the events of one route are labelled with."""
+    """What the events of one route are labelled with, and what its tokens weigh in shares."""
 
     route_id: str
     engine: str
     model: str
+    prompt_cost: float = 1.0
+    output_cost: float = 2.0
 
 
 @dataclass(slots=True)
@@ -51,6 +59,7 @@ class _Place:
     started: Series
     tokens_in: Series
     tokens_out: Series
+    tokens_replayed: Series
     first_token: Series
     decode: Series
 
@@ -62,9 +71,11 @@ class _Run:
     attempt_id: int
     place: _Place
     accepted_at: float
+    flow: Flow
     fault: Fault | None = None
     is_over: bool = False
     is_aborted: bool = False
+    made_room: bool = False
 
     def outcome(self, fault: Fault | None) -> str:
         """How the attempt ended: as it was told to, or else as it says itself."""
@@ -123,7 +134,16 @@ class Telemetry:
         self._decode = instrument("latency_decode_ms")
         self._tokens_in = instrument("tokens_in_total")
         self._tokens_out = instrument("tokens_out_total")
+        self._tokens_replayed = instrument("tokens_replayed_total")
+        self._dropped = instrument("tasks_dropped_total")
+        self._preemptions = instrument("preemptions_total")
+        self._resumptions = instrument("resumptions_total")
+        self._affinity = instrument("session_affinity_total")
+        self._prediction = instrument("predicted_start_error_ms")
         self._requests = instrument("http_requests_total")
+        flows = next(family.max_series for family in families if family.name == "admission_share")
+        self._shares = Shares(flows, (overflow_label, overflow_label))
+        self._deadlines: dict[Priority, list[int]] = {}
 
     def observe(self, route_id: str, event: ev.Event, commands: Sequence[ev.Command], now: float) -> None:
         """Take note of an event and of what the route's scheduler made of it. `now` in the scheduler's seconds."""
@@ -131,6 +151,7 @@ class Telemetry:
             run = self._live.attempts.get(event.attempt_id)
             if run is not None:
                 run.place.tokens_out.inc(event.count)
+                self._shares.add(run.flow, self._scopes[route_id].output_cost * event.count, now)
             return
         scope = self._scopes[route_id]
         self._observe_event(scope, event, now)
@@ -142,6 +163,12 @@ class Telemetry:
         run = self._live.attempts.get(attempt_id)
         if run is not None:
             run.place.tokens_in.inc(prompt_tokens)
+
+    def observe_replay(self, attempt_id: int, tokens: int) -> None:
+        """Count tokens that an attempt made again; before the attempt's AttemptEnded is observed, else ignored."""
+        run = self._live.attempts.get(attempt_id)
+        if run is not None:
+            run.place.tokens_replayed.inc(tokens)
 
     def observe_rejection(
         self,
@@ -158,8 +185,13 @@ class Telemetry:
         self._reject(engine or NO_ENGINE, code, policy, fields)
 
     def observe_request(self, operation: str, status: int) -> None:
-        """Count an answered request; `operation` is an operationId of the contract, or `none`."""
+        """Count an answered request; `operation` is an operationId of the contract, or `none`.
+
+        A key that may not submit is refused by the edge, before anything that would tell of a rejection.
+        """
         self._requests.series(operation, str(status)).inc()
+        if status == FORBIDDEN_STATUS and operation == "create_task":
+            self._rejected.series(Forbidden.code, NO_ENGINE).inc()
 
     def report_bug(self, where: str, error: BaseException) -> None:
         """Log an exception that nobody foresaw. Its message stays out: it may quote a request."""
@@ -167,7 +199,13 @@ class Telemetry:
 
     def render(self, samples: Iterable[Sample]) -> bytes:
         """The text of a scrape (CONTENT_TYPE), with the gauges as they are now."""
-        return self._metrics.render(samples)
+        return self._metrics.render(chain(samples, self._own_gauges()))
+
+    def _own_gauges(self) -> Iterator[Sample]:
+        for flow, share in self._shares:
+            yield Sample("admission_share", flow, share)
+        for priority, (met, ended) in self._deadlines.items():
+            yield Sample("deadlines_met_ratio", (priority,), met / ended)
 
     # Events
 
@@ -234,13 +272,22 @@ class Telemetry:
     def _start(self, scope: RouteScope, command: ev.Start, now: float) -> None:
         task, attempt = command.task, command.attempt
         place = self._place(scope, self._replicas[attempt.replica_id], task.priority)
-        run = _Run(attempt.attempt_id, place, task.accepted_at)
+        run = _Run(attempt.attempt_id, place, task.accepted_at, (task.key[0], task.priority))
+        before = self._live.tasks.get(task.key)
         self._live.attempts[attempt.attempt_id] = run
         self._live.tasks[task.key] = run
+        if before is not None and before.made_room:
+            self._resumptions.series(scope.engine).inc()
+        if attempt.affinity is not None:
+            self._affinity.series(attempt.affinity, scope.engine).inc()
         waited_ms = (now - task.accepted_at) * 1000
         if task.attempts == 1:
             place.started.inc()
             self._wait.series(task.priority).observe(waited_ms)
+            self._shares.add(run.flow, scope.prompt_cost * task.prompt_tokens, now)
+            if task.predicted_wait is not None:
+                late_ms = waited_ms - task.predicted_wait.mean_s * 1000
+                self._prediction.series(task.priority, "early" if late_ms < 0 else "late").observe(abs(late_ms))
         if self._tells_info:
             fields = self._task_fields(scope, task, run)
             fields["waited_ms"] = round(waited_ms, 1)
@@ -256,15 +303,22 @@ class Telemetry:
                 started=self._started.series(*labels, priority),
                 tokens_in=self._tokens_in.series(*labels),
                 tokens_out=self._tokens_out.series(*labels),
+                tokens_replayed=self._tokens_replayed.series(*labels),
                 first_token=self._first_token.series(*labels, priority),
                 decode=self._decode.series(*labels, priority),
             )
         return place
 
     def _requeue(self, scope: RouteScope, command: ev.Requeue) -> None:
-        run = self._live.tasks.get(command.task.key)
+        run, fault = self._live.tasks.get(command.task.key), command.fault
+        is_preempted = fault.policy_label == PREEMPTED
+        if is_preempted:
+            self._preemptions.series("hard", scope.engine).inc()
+            if run is not None:
+                run.made_room = True
         fields = self._task_fields(scope, command.task, run)
-        self._log.warning("task_requeued", **fields, code=command.fault.kind.code)
+        write = self._log.info if is_preempted else self._log.warning
+        write("task_requeued", **fields, code=fault.kind.code, policy=fault.policy_label)
 
     def _finish(self, scope: RouteScope, task: Task) -> None:
         run = self._live.tasks.pop(task.key, None)
@@ -278,9 +332,22 @@ class Telemetry:
         if task.state is TaskState.CANCELED:
             policy = fault.policy_label if fault is not None else None
             self._canceled.series(policy or "client").inc()
-        if _is_late(task):
-            self._missed.series(task.priority).inc()
+        elif fault is not None and fault.policy_label in DROPS:
+            self._dropped.series(fault.policy_label, scope.engine).inc()
+            if fault.policy_label == SHED:
+                self._preemptions.series("soft", scope.engine).inc()
+        if task.spec.deadline_s is not None:
+            self._note_deadline(task)
         self._tell_end(scope, task, run)
+
+    def _note_deadline(self, task: Task) -> None:
+        is_late = _is_late(task)
+        if is_late:
+            self._missed.series(task.priority).inc()
+        if task.state is not TaskState.CANCELED:
+            counts = self._deadlines.setdefault(task.priority, [0, 0])
+            counts[0] += task.state is TaskState.SUCCEEDED and not is_late
+            counts[1] += 1
 
     def _tell_end(self, scope: RouteScope, task: Task, run: _Run | None) -> None:
         fault, is_bad = task.fault, task.state is TaskState.FAILED
@@ -300,7 +367,7 @@ class Telemetry:
     def _reject(self, engine: str, code: str, policy: str | None, fields: Mapping[str, Any]) -> None:
         self._rejected.series(code, engine).inc()
         if policy is not None:
-            self._backpressure.series(policy if policy in POLICIES else QUOTA, engine).inc()
+            self._backpressure.series(policy, engine).inc()
         self._log.info("task_rejected", **fields, code=code, policy=policy)
 
     # Log fields

@@ -14,7 +14,7 @@ import pytest_asyncio
 
 from llorch.adapters.http import Timeouts
 from llorch.adapters.llamacpp import SEED_MAX, LlamaCppEngine
-from llorch.errors import InvalidParams, WorkerReset
+from llorch.errors import DeterminismViolation, InvalidParams, WorkerReset
 from llorch.service.ports import Completed, Engine, Generation, Message, Sampling
 
 CTX = 2048
@@ -212,6 +212,35 @@ class EngineSuite:
         await engine.wait_released(0)
         assert await engine.count_busy_slots() == 0
 
+    async def test_consumer_that_raises_ends_the_generation_and_frees_the_slot(self, engine: LlamaCppEngine) -> None:
+        seen: list[str] = []
+
+        def refuse(tokens: Sequence[str]) -> None:
+            seen.extend(tokens)
+            raise DeterminismViolation
+
+        assert engine.can_interrupt
+        with pytest.raises(DeterminismViolation):
+            await engine.generate(order(max_tokens=ENDLESS), refuse)
+        count = len(seen)
+        await engine.wait_released(0)
+        assert await engine.count_busy_slots() == 0
+        assert len(seen) == count
+
+    async def test_text_so_far_can_be_continued(self, engine: LlamaCppEngine) -> None:
+        tokens, _ = await collect(engine, order(max_tokens=8, strict=False))
+        more, completed = await collect(engine, order("Once upon a time" + "".join(tokens), max_tokens=4, strict=False))
+        assert 0 < len(more) <= 4
+        assert completed.usage.completion_tokens == 4
+
+    async def test_erasing_a_slot_that_is_not_there_is_false_and_no_error(self, engine: LlamaCppEngine) -> None:
+        assert await engine.erase(7) is False
+
+    async def test_slot_works_after_an_erase_whatever_came_of_it(self, engine: LlamaCppEngine) -> None:
+        assert await engine.erase(0) in (True, False)
+        tokens, _ = await collect(engine, order())
+        assert tokens
+
     async def test_strict_generation_reuses_no_prefix(self, engine: LlamaCppEngine) -> None:
         _, cold = await collect(engine, order(LONG_PROMPT, max_tokens=2, strict=True))
         _, again = await collect(engine, order(LONG_PROMPT, max_tokens=2, strict=True))
@@ -228,4 +257,5 @@ class EngineSuite:
         with pytest.raises(WorkerReset, match="cannot be reached"):
             await engine.check_health()
         await engine.wait_released(0)
+        assert await engine.erase(0) is False
         await engine.aclose()

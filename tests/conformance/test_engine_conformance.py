@@ -60,6 +60,14 @@ class TestFakeEngine(EngineSuite):
             await collect(engine, order())
         await engine.aclose()
 
+    async def test_idle_slot_is_erased_where_the_server_can(self, target: Target, fake: FakeEngine) -> None:
+        engine = target.connect()
+        assert await engine.erase(0) is True
+        fake.can_erase = False
+        assert await engine.erase(0) is False
+        assert list(fake.erased) == [0]
+        await engine.aclose()
+
     async def test_loading_engine_is_pool_unready(self, target: Target, fake: FakeEngine) -> None:
         fake.faults = Faults(loading=True)
         engine = target.connect()
@@ -134,6 +142,11 @@ class TestLlamaCpp(EngineSuite):
         await collect(engine, order("word " * 200, max_tokens=2))
         _, warm = await collect(engine, order("word " * 200, max_tokens=2, strict=False))
         assert (warm.usage.cached_tokens or 0) > 100
+        await engine.aclose()
+
+    async def test_slot_cannot_be_erased_without_a_place_for_saved_slots(self, target: Target) -> None:
+        engine = target.connect()
+        assert await engine.erase(0) is False
         await engine.aclose()
 
     async def test_json_schema_constrains_the_text(self, target: Target) -> None:

@@ -9,13 +9,13 @@ from typing import Any, TypeVar
 from llorch.launch.model_file import locate_demo_model
 from tests.support.driver import Caller
 from tests.support.engines import FakeEngineProcess, LlamaCppProcess
-from tests.support.identities import ALICE, BATCHER, BOB, WATCHER, Identity
+from tests.support.identities import ALICE, BATCHER, BOB, CAROL, DAVE, WATCHER, Identity
 from tests.support.processes import Process, wait_for
 from tests.support.service import LlorchProcess, make_config, make_pool
 
 Started = TypeVar("Started", bound=Process)
 
-PEOPLE = {"Alice": ALICE, "Bob": BOB, "the batch key": BATCHER, "the operator": WATCHER}
+PEOPLE = {"Alice": ALICE, "Bob": BOB, "Carol": CAROL, "Dave": DAVE, "the batch key": BATCHER, "the operator": WATCHER}
 
 MAIN: dict[str, Any] = {
     "server": {
@@ -33,6 +33,26 @@ FLEETING: dict[str, Any] = {
     "streams": {"transcript_ttl_s": 0.2, "record_ttl_s": 1},
 }
 """Everything is soon forgotten."""
+
+POLICIES: dict[str, Mapping[str, Any]] = {
+    "fair": {"queue": {"capacity": 24}},
+    "ranked": {"queue": {"fairness": "strict"}},
+    "dropping": {"queue": {"capacity": 2, "full_policy": {"interactive": "drop-lru"}}},
+    "shedding": {"queue": {"capacity": 2, "full_policy": {"interactive": "shed-low-priority"}}},
+    "urgent": {"queue": {"order": "edf", "edf_default_ms": 600_000}},
+    "paced": {},
+    "soft": {},
+    "hard": {"preemption": {"mode": "hard", "per_minute": 1000}},
+}
+"""Pools of one slot, each with a policy of its own; `paced` takes 10 ms for a token."""
+
+QUOTAS: list[dict[str, Any]] = [
+    {"name": "acme", "max_queued": 2},
+    {"name": "bluebell", "max_concurrent": 1},
+    {"name": "crocus", "rate": {"interactive": {"per_s": 1, "burst": 2}}},
+    {"name": "daffodil", "tokens_per_minute": 60},
+]
+"""One limit for each tenant."""
 
 
 class Deployment:
@@ -73,8 +93,9 @@ class Deployment:
     def check_idle(self) -> None:
         """Raise AssertionError unless every slot comes free, at llorch and at the engines."""
         operator = self.caller("the operator")
-        for model, engine in self.engines.items():
-            wait_for(lambda model=model: operator.count_busy(model) == 0, f"no slot of {model} is leased")  # type: ignore[misc]
+        for engine in self.engines.values():
+            pool = engine.model
+            wait_for(lambda pool=pool: operator.count_busy(pool) == 0, f"no slot of {pool} is leased")  # type: ignore[misc]
             if isinstance(engine, FakeEngineProcess):
                 engine.wait_running(0)
 
@@ -114,6 +135,35 @@ def start_fleeting(directory: Path, ends: ExitStack) -> Deployment:
     return Deployment(service, {"duo": duo}, is_keyless=False)
 
 
+def start_policies(directory: Path, ends: ExitStack) -> Deployment:
+    """A pool of one slot for each of POLICIES, and `twins` with two replicas: twins and the-twin. Carol weighs 2."""
+    engines: dict[str, FakeEngineProcess | LlamaCppProcess] = {}
+    pools = []
+    for name, settings in POLICIES.items():
+        interval_ms = 10 if name == "paced" else 0
+        engine = FakeEngineProcess(directory / f"{name}.log", model=name, token_interval_ms=interval_ms)
+        engines[name] = started(ends, engine)
+        pools.append(make_pool(engine, **settings))
+    twins = [started(ends, FakeEngineProcess(directory / f"twin-{each}.log", model="twins")) for each in range(2)]
+    engines |= {"twins": twins[0], "the-twin": twins[1]}
+    sections: dict[str, Any] = {"sessions": {"turns": 50}, "tenants": [{"name": "crocus", "weight": 2}]}
+    config = make_config([*pools, make_pool(*twins)], **sections)
+    service = started(ends, LlorchProcess(directory, config, expected=["task_ended"]))
+    service.wait_ready(len(engines))
+    return Deployment(service, engines, is_keyless=False)
+
+
+def start_quotas(directory: Path, ends: ExitStack) -> Deployment:
+    """Pools `solo` (one slot) and `duo` (two), whose tokens cost 1 each; the tenants have the limits of QUOTAS."""
+    solo = started(ends, FakeEngineProcess(directory / "solo.log", model="solo"))
+    duo = started(ends, FakeEngineProcess(directory / "duo.log", model="duo", slots=2))
+    price = {"prompt_per_1k": 1000, "output_per_1k": 1000}
+    config = make_config([make_pool(solo, price=price), make_pool(duo, price=price)], tenants=QUOTAS)
+    service = started(ends, LlorchProcess(directory, config, expected=["task_ended"]))
+    service.wait_ready(2)
+    return Deployment(service, {"solo": solo, "duo": duo}, is_keyless=False)
+
+
 def start_demonstration(directory: Path, ends: ExitStack) -> Deployment:
     """`llorch serve` without a configuration."""
     service = started(ends, LlorchProcess(directory, None, expected=["keyless", "cpu_demonstration"]))
@@ -127,7 +177,13 @@ def started(ends: ExitStack, process: Started) -> Started:
     return process
 
 
-START = {"main": start_main, "fleeting": start_fleeting, "demonstration": start_demonstration}
+START = {
+    "main": start_main,
+    "fleeting": start_fleeting,
+    "policies": start_policies,
+    "quotas": start_quotas,
+    "demonstration": start_demonstration,
+}
 
 
 class Deployments:

@@ -1,4 +1,4 @@
-"""API keys of tests: two tenants, one key that may do less, one that may do everything."""
+"""API keys of tests: four tenants, one key that may do less, one that may do everything."""
 
 import hashlib
 from dataclasses import dataclass
@@ -35,8 +35,10 @@ class Identity:
 
 ALICE = Identity("alice", "acme", ("data", "control"))
 BOB = Identity("bob", "bluebell", ("data",))
+CAROL = Identity("carol", "crocus", ("data",))
+DAVE = Identity("dave", "daffodil", ("data",))
 BATCHER = Identity("batcher", "acme", ("data",), ("batch",))
 WATCHER = Identity("watcher", "operations", ("control",))
 ADMIN = Identity("admin", "operations", ("admin",))
 
-EVERYBODY = (ALICE, BOB, BATCHER, WATCHER, ADMIN)
+EVERYBODY = (ALICE, BOB, CAROL, DAVE, BATCHER, WATCHER, ADMIN)

@@ -242,8 +242,18 @@ def test_routes_that_model_and_engine_cannot_tell_apart_are_refused(file: Path, 
     assert found[0].startswith(expected)
 
 
-@pytest.mark.parametrize("part", ["queue: {capacity: 3}", "timeouts: {idle_s: 3}"])
-def test_pools_of_one_route_must_agree_in_queue_and_timeouts(file: Path, part: str) -> None:
+@pytest.mark.parametrize(
+    "part",
+    [
+        "queue: {capacity: 3}",
+        "queue: {full_policy: {batch: reject}}",
+        "queue: {level_weights: {interactive: 2}}",
+        "timeouts: {idle_s: 3}",
+        "preemption: {mode: hard}",
+        "price: {output_per_1k: 3}",
+    ],
+)
+def test_pools_of_one_route_must_agree_in_what_is_the_routes(file: Path, part: str) -> None:
     found = problems(file, two_pools("", f", {part}"))
     assert len(found) == 1
     assert found[0].endswith("pools of one route must agree here; make them equal")
@@ -332,9 +342,11 @@ def test_engine_key_is_not_shown_with_the_settings(file: Path) -> None:
 
 def test_example_file_is_valid_and_shows_the_defaults() -> None:
     example, defaults = config.load(EXAMPLE, {}), config.load(None, {})
-    for part in ("server", "sessions", "streams", "log", "compat"):
+    for part in ("server", "tenant_defaults", "sessions", "streams", "log", "compat"):
         assert getattr(example, part) == getattr(defaults, part)
-    assert (example.pools[0].queue, example.pools[0].timeouts) == (config.Queue(), config.Timeouts())
+    pool = example.pools[0]
+    assert (pool.queue, pool.timeouts) == (config.Queue(), config.Timeouts())
+    assert (pool.preemption, pool.price) == (config.Preemption(), config.Price())
 
 
 def test_example_file_mentions_every_setting() -> None:

@@ -11,11 +11,25 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from llorch import telemetry_log
 from llorch.domain import events as ev
+from llorch.domain.faults import PREEMPTED
 from llorch.domain.ledger import Ledger, SessionLimits
+from llorch.domain.policy import QueuePolicy, RoutePolicy
 from llorch.domain.pool import Replica, ReplicaState
-from llorch.domain.scheduler import RoutePolicy, Scheduler
-from llorch.domain.task import Cohort, Fault, Priority, TaskKey, TaskSpec
-from llorch.errors import DecodeTimeout, InvalidParams, WorkerReset
+from llorch.domain.scheduler import Scheduler
+from llorch.domain.task import (
+    ANYWHERE,
+    Affinity,
+    Attempt,
+    Cohort,
+    Estimate,
+    Fault,
+    Priority,
+    Task,
+    TaskKey,
+    TaskSpec,
+    TaskState,
+)
+from llorch.errors import AdmissionReject, DecodeTimeout, InvalidParams, WorkerReset
 from llorch.telemetry import RouteScope, Sample, Telemetry
 from llorch.telemetry_metrics import Family
 from llorch_contract.metrics import FAMILIES
@@ -36,7 +50,7 @@ class Watched:
     out: io.BytesIO = field(default_factory=io.BytesIO)
 
     def __post_init__(self) -> None:
-        policy = RoutePolicy(capacity=dict.fromkeys(Priority, self.capacity), wall_s=60.0, attempts=2)
+        policy = RoutePolicy(QueuePolicy(dict.fromkeys(Priority, self.capacity)), wall_s=60.0, attempts=2)
         self.scheduler = Scheduler(policy, Ledger(SessionLimits()))
         log = telemetry_log.make_logger("info", "json", stream=self.out)
         scope = RouteScope(ROUTE, "llamacpp", "m")
@@ -206,8 +220,21 @@ def test_refusal_before_the_scheduler_is_counted_too(watched: Watched) -> None:
     watched.telemetry.observe_rejection(None, "NOT_FOUND", tenant="acme", task_id="x", correlation_id="c")
     watched.telemetry.observe_rejection("llamacpp", "QUOTA_EXCEEDED", policy="open-streams")
     assert watched.value("tasks_rejected_total", reason="NOT_FOUND", engine="none") == 1
-    assert watched.value("admission_backpressure_events_total", policy="quota") == 1
+    assert watched.value("admission_backpressure_events_total", policy="open-streams") == 1
     assert watched.lines("task_rejected")[0]["tenant"] == "acme"
+
+
+def make_room_and_go_on(watched: Watched) -> None:
+    """What a scheduler orders for a task that is preempted, goes on beside its session's cache, and is shed."""
+    spec = TaskSpec(key("batch"), ("acme", "session"), Priority.BATCH, 16, 16)
+    task = Task(spec, 1, watched.now, ANYWHERE, predicted_wait=Estimate(1.0, 0.0))
+    for number in (901, 902):
+        task.attempts = number - 900
+        attempt = Attempt(number, task.key, "p/0", 0, watched.now, affinity=Affinity.HIT)
+        watched.telemetry.observe(ROUTE, ev.Tick(), [ev.Start(task, attempt), ev.Requeue(task, PREEMPTED)], watched.now)
+    watched.telemetry.observe_replay(902, 3)
+    task.state, task.fault = TaskState.FAILED, Fault(AdmissionReject, policy_label="shed-low-priority")
+    watched.telemetry.observe(ROUTE, ev.Tick(), [ev.Finish(task)], watched.now)
 
 
 def test_every_counter_and_histogram_of_the_contract_moves(watched: Watched) -> None:
@@ -219,8 +246,9 @@ def test_every_counter_and_histogram_of_the_contract_moves(watched: Watched) -> 
     watched.end("a", attempt, after_s=1)
     watched.submit("b")
     watched.post(ev.CancelRequested(key("b")))
-    watched.telemetry.observe_rejection("other engine", "NOT_FOUND", policy="quota")
+    watched.telemetry.observe_rejection("other engine", "NOT_FOUND", policy="rate")
     watched.telemetry.observe_request("create_task", 202)
+    make_room_and_go_on(watched)
     watched.telemetry.observe_rejection("llamacpp", "NO_SUCH_CODE")
     families = [family for family in FAMILIES if family.kind != "gauge"]
     suffix = {"counter": "", "histogram": "_count"}

@@ -113,16 +113,6 @@ class HttpClient:
         timeouts = self.timeouts
         return await self._exchange(method, path, body, first_byte_s=timeouts.first_byte_s, idle_s=timeouts.idle_s)
 
-    @property
-    def open_connections(self) -> int:
-        """Connections that stand, idle ones included."""
-        return len(self._open)
-
-    @property
-    def idle_connections(self) -> int:
-        """Connections that wait for another request."""
-        return len(self._idle)
-
     async def aclose(self) -> None:
         """Close every connection; answers under way end with an error. Idempotent."""
         self._is_closed = True

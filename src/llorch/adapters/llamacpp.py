@@ -107,8 +107,11 @@ _encode = msgspec.json.Encoder().encode
 class LlamaCppEngine:
     """Client of one llama.cpp server; implements `llorch.service.ports.Engine`.
 
-    Raises ConfigError when `base_url` or `api_key` cannot be used.
+    Raises ConfigError when `base_url` or `api_key` cannot be used. A closed connection ends its generation within the
+    batch that is being computed, so `can_interrupt`.
     """
+
+    can_interrupt: Final = True
 
     def __init__(
         self,
@@ -143,6 +146,16 @@ class LlamaCppEngine:
                     pause_s = min(2 * pause_s, _RELEASE_LAST_PAUSE_S)
         except (TimeoutError, LlorchError):
             return
+
+    async def erase(self, slot: int) -> bool:
+        """See Engine.erase; a server that was started without --slot-save-path cannot."""
+        try:
+            answer = await self._http.request(
+                "POST", f"/slots/{slot}?action=erase", b"{}", timeout_s=self._http.timeouts.probe_s
+            )
+        except LlorchError:
+            return False
+        return answer.status == 200
 
     async def _is_processing(self, slot: int) -> bool:
         slots = await self._read_optional("/slots", list[_Slot]) or []

@@ -42,7 +42,7 @@ class Handlers(Operations[Context]):
         submission = mapping.to_submission(body, ctx.tenant)
         check_priority(ctx.identity, submission.priority)
         acceptance = await self._tasks.submit(submission, ctx.correlation_id)
-        return Reply(202, mapping.to_accepted(acceptance))
+        return Reply(202, mapping.to_accepted(acceptance), mapping.budget_headers(acceptance.budgets))
 
     async def list_tasks(
         self,

@@ -105,7 +105,7 @@ def _queue(view: PoolView, priority: Priority) -> models.QueueStatus:
     return models.QueueStatus(
         priority=models.Priority(priority.value),
         capacity=view.capacity[priority],
-        full_policy=models.FullPolicy.reject,
+        full_policy=models.FullPolicy(view.full_policy[priority].value),
         depth=view.depth[priority],
     )
 

@@ -12,14 +12,20 @@ from typing import Any, Literal
 import msgspec
 from pydantic import MISSING, BaseModel
 
-from llorch.domain.task import Fault, Priority, TaskState
+from llorch.domain.task import Budgets, Fault, Priority, TaskState
 from llorch.errors import InvalidParams
-from llorch.service.frames import problem
+from llorch.service.frames import budgets, problem
 from llorch.service.ports import NO_SAMPLING, Message, Sampling, Usage
 from llorch.service.submission import Acceptance, Placement, SessionView, Submission, TaskView, Timeline
 from llorch_contract import models
 
 _MAX_LABEL_KEY = 64
+
+_BUDGET_HEADERS = {
+    "tokens": "X-Budget-Tokens-Remaining",
+    "time_ms": "X-Budget-Time-Remaining-Ms",
+    "cost": "X-Budget-Cost-Remaining",
+}
 
 # The wire's words and ours, each with a dictionary: an enum's `value` and call take 0.4 and 1 us, these 0.05.
 _PRIORITIES: dict[str, Priority] = {priority.value: priority for priority in Priority}
@@ -60,19 +66,9 @@ def to_submission(body: models.TaskRequest, tenant: str) -> Submission:
         expected_tokens=value("expected_tokens"),
         kv_hint=_WORDS[body.kv_hint],
         on_disconnect=_WORDS.get(value("on_disconnect")),
-        has_budgets="session_budgets" in given,
+        budgets=_budgets_asked(value("session_budgets")),
         labels=labels,
     )
-
-
-def digest_of(body: models.TaskRequest) -> bytes:
-    """sha256 of the canonical body: what means the same gives the same, however it was spelled.
-
-    Keys are sorted, UUIDs lower-case, and what was left out has its default, but for the ids that the server makes.
-    """
-    given = _given(body)
-    _lower_ids(given)
-    return _digest(given)
 
 
 def to_accepted(acceptance: Acceptance) -> models.TaskAccepted:
@@ -84,7 +80,16 @@ def to_accepted(acceptance: Acceptance) -> models.TaskAccepted:
         queue_position=acceptance.queue_position,
         predicted_start_ms=acceptance.predicted_start_ms,
         backoff_ms=acceptance.backoff_ms,
+        budgets=_budgets_left(acceptance.budgets),
     )
+
+
+def budget_headers(left: Budgets | None) -> dict[str, str]:
+    """The headers of a 202 that tell what is left; one for each budget that is set."""
+    if left is None:
+        return {}
+    told = budgets(left)
+    return {name: str(told[key]) for key, name in _BUDGET_HEADERS.items() if told[key] is not None}
 
 
 def to_task(view: TaskView) -> models.Task:
@@ -101,7 +106,7 @@ def to_task(view: TaskView) -> models.Task:
         seed=view.seed,
         labels=dict(view.labels),
         queue_position=view.queue_position,
-        predicted_start_ms=None,
+        predicted_start_ms=view.predicted_start_ms,
         timeline=_timeline(view.timeline),
         placement=_placement(view.placement, view.timeline.attempts),
         output=models.TaskOutput(text=view.output) if view.output and view.state.is_final else None,
@@ -138,7 +143,7 @@ def to_session(view: SessionView) -> models.Session:
         turns_max=view.turns_max,
         kv_bytes=view.kv_bytes,
         kv_warmth=view.kv_warmth,
-        budgets=None,
+        budgets=_budgets_left(view.budgets),
     )
 
 
@@ -172,6 +177,10 @@ def _lower_ids(given: dict[str, Any]) -> None:
 
 
 def _digest(given: dict[str, Any]) -> bytes:
+    """sha256 of the canonical body: what means the same gives the same, however it was spelled.
+
+    Keys are sorted, UUIDs lower-case, and what was left out has its default, but for the ids that the server makes.
+    """
     canonical = given.copy()
     canonical.setdefault("expected_tokens", given["max_tokens"])
     canonical.setdefault("labels", {})
@@ -212,6 +221,18 @@ def _sampling(asked: models.Sampling | None) -> Sampling:
     )
 
 
+def _budgets_asked(asked: models.SessionBudgets | None) -> Budgets | None:
+    if asked is None:
+        return None
+    value = _given(asked).get
+    time_ms = value("time_ms")
+    return Budgets(value("tokens"), None if time_ms is None else time_ms / 1000, value("cost"))
+
+
+def _budgets_left(left: Budgets | None) -> models.BudgetsRemaining | None:
+    return None if left is None else models.BudgetsRemaining(**budgets(left))
+
+
 def _timeline(timeline: Timeline) -> models.TaskTimeline:
     return models.TaskTimeline(
         accepted_at=timestamp(timeline.accepted_at),
@@ -221,6 +242,7 @@ def _timeline(timeline: Timeline) -> models.TaskTimeline:
         waited_ms=max(0, timeline.waited_ms),
         wait_reasons=[models.WaitReason(reason.value) for reason in timeline.wait_reasons],
         attempts=timeline.attempts,
+        preemptions=timeline.preemptions,
     )
 
 

@@ -35,6 +35,7 @@ STATUS: dict[type[LlorchError], HTTPStatus] = {
     errors.InvalidParams: HTTPStatus.UNPROCESSABLE_ENTITY,
     errors.DeadlineUnmet: HTTPStatus.UNPROCESSABLE_ENTITY,
     errors.AdmissionReject: HTTPStatus.TOO_MANY_REQUESTS,
+    errors.QueueFullDropLru: HTTPStatus.TOO_MANY_REQUESTS,
     errors.QuotaExceeded: HTTPStatus.TOO_MANY_REQUESTS,
     errors.BudgetExhausted: HTTPStatus.TOO_MANY_REQUESTS,
     errors.PoolUnready: HTTPStatus.SERVICE_UNAVAILABLE,
@@ -42,6 +43,7 @@ STATUS: dict[type[LlorchError], HTTPStatus] = {
     errors.ReplicaExhausted: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.WorkerReset: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.DecodeTimeout: HTTPStatus.SERVICE_UNAVAILABLE,
+    errors.DeterminismViolation: HTTPStatus.INTERNAL_SERVER_ERROR,
 }
 
 _FROM_FRAMEWORK: dict[int, type[LlorchError]] = {

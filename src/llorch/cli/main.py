@@ -9,6 +9,7 @@ import click
 from llorch.cli.exits import EPILOG, Complaint, Exit, complaint
 from llorch.cli.operate import check_config, engine, keys, serve
 from llorch.cli.pools import pools
+from llorch.cli.simulate import simulate
 from llorch.cli.submit import submit
 from llorch.cli.tasks import cancel, status
 from llorch.client import ClientError
@@ -48,7 +49,7 @@ def cli() -> None:
     """
 
 
-for _command in (serve, check_config, keys, engine, submit, cancel, status, pools):
+for _command in (serve, check_config, keys, engine, submit, cancel, status, pools, simulate):
     cli.add_command(_command)
 
 

@@ -1,7 +1,15 @@
 """The reasons for which the scheduler refuses, retries and ends tasks, as far as they are always the same."""
 
 from llorch.domain.task import Fault
-from llorch.errors import Canceled, DeadlineUnmet, DecodeTimeout, PoolUnavailable, PoolUnready, WorkerReset
+from llorch.errors import (
+    BudgetExhausted,
+    Canceled,
+    DeadlineUnmet,
+    DecodeTimeout,
+    PoolUnavailable,
+    PoolUnready,
+    WorkerReset,
+)
 
 REPLICA_FAULTS = (WorkerReset, PoolUnready, DecodeTimeout)
 """Ends of an attempt that speak against the replica: it gets no more tasks until a probe found it Ready."""
@@ -14,6 +22,11 @@ SESSION_DELETED = Fault(Canceled, "its session was deleted", policy_label="sessi
 UNREAD = Fault(Canceled, "its last reader left and did not come back", policy_label="reader-gone")
 STRANDED = Fault(PoolUnready, "no replica of the route can take it, and none is coming up")
 LATE = Fault(DeadlineUnmet, "the deadline passed before the task could end")
+HOPELESS = Fault(
+    DeadlineUnmet, "its turn came when it could not have ended before its deadline any more", policy_label="deadline"
+)
+TIME_SPENT = Fault(BudgetExhausted, "the running time of its session is used up", policy_label="session-time")
+PREEMPTED = Fault(Canceled, "made room for more urgent work; it goes on later", policy_label="preempted")
 SHUTDOWN = Fault(
     PoolUnavailable, "the service is shutting down; try another or try again later", policy_label="shutdown"
 )

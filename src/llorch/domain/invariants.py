@@ -3,10 +3,11 @@
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
+from llorch.domain.fair_queue import FairQueue
 from llorch.domain.ledger import Ledger
 from llorch.domain.pool import Fleet
-from llorch.domain.queue import TaskQueue
-from llorch.domain.task import Attempt, SessionKey, Task, TaskKey, TaskState
+from llorch.domain.runs import Runs
+from llorch.domain.task import SessionKey, Task, TaskKey, TaskState
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,9 +15,9 @@ class Parts:
     """The parts of a scheduler that must agree."""
 
     tasks: Mapping[TaskKey, Task]
-    attempts: Mapping[int, Attempt]
+    runs: Runs
     sessions: Mapping[SessionKey, Collection[TaskKey]]
-    queue: TaskQueue
+    queue: FairQueue
     fleet: Fleet
     ledger: Ledger
 
@@ -35,6 +36,7 @@ def _broken_queue(parts: Parts) -> Iterator[str]:
     queued = {key for key, task in parts.tasks.items() if task.state is TaskState.QUEUED}
     if queued != set(waiting):
         yield f"queued, but not waiting: {queued - set(waiting)}; waiting, but not queued: {set(waiting) - queued}"
+    yield from parts.queue.check()
 
 
 def _broken_tasks(parts: Parts) -> Iterator[str]:
@@ -50,15 +52,19 @@ def _broken_tasks(parts: Parts) -> Iterator[str]:
 
 
 def _broken_leases(parts: Parts) -> Iterator[str]:
+    yield from parts.ledger.check()
     leases = {lease.attempt_id: lease for lease in parts.ledger.leases()}
-    for attempt_id, attempt in parts.attempts.items():
+    attempts = parts.runs.attempts
+    if attempts.keys() != leases.keys() & attempts.keys() or attempts.keys() != parts.runs.owners.keys():
+        yield f"attempts {list(attempts)} of {list(parts.runs.owners)} hold the leases {list(leases)}"
+    for attempt_id, attempt in attempts.items():
         lease = leases.get(attempt_id)
         task = parts.tasks.get(attempt.task)
         if lease is None or (lease.replica_id, lease.slot) != (attempt.replica_id, attempt.slot):
             yield f"attempt {attempt_id} has the lease {lease}"
-        elif lease.releasing != (task is None or task.attempt is not attempt):
+        elif lease.releasing != (attempt.is_preempted or task is None or task.attempt is not attempt):
             yield f"attempt {attempt_id} of {attempt.task} releasing: {lease.releasing}"
     for replica in parts.fleet:
-        slots = [a.slot for a in parts.attempts.values() if a.replica_id == replica.replica_id]
+        slots = [a.slot for a in attempts.values() if a.replica_id == replica.replica_id]
         if len(slots) != len(set(slots)):
             yield f"{replica.replica_id} has a slot twice: {slots}"

@@ -80,6 +80,8 @@ class RoutePolicy:
     """How a route treats its tasks. Times in seconds; `attempts` is the most runs of one task before a first token.
 
     A task whose chance to meet its deadline is below `feasible_probability` is refused, or ended when its turn comes.
+    A session stays on its replica unless that has more than `detour_s` seconds of work per slot above the least; of at
+    most `bindings` sessions it is known where they are.
     """
 
     queue: QueuePolicy = field(default_factory=QueuePolicy)
@@ -89,6 +91,8 @@ class RoutePolicy:
     preemption: PreemptionPolicy = field(default_factory=PreemptionPolicy)
     prices: Prices = field(default_factory=Prices)
     feasible_probability: float = 0.05
+    detour_s: float = 0.5
+    bindings: int = 10_000
 
 
 @dataclass(frozen=True, slots=True)

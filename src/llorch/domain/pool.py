@@ -3,12 +3,17 @@
 How a replica's state is found out is not known here; it comes in as ReplicaChanged.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
 from llorch.domain.ledger import Ledger
+from llorch.domain.placement import Entry, Place, ReplicaSet
 from llorch.domain.task import Cohort, Need
+
+FRESH_S = 6.0
+"""How long what an engine told of its load is believed, in seconds; after it own leases alone count."""
 
 
 class ReplicaState(Enum):
@@ -47,11 +52,21 @@ class Replica:
 
 
 class Fleet:
-    """The replicas of one route, in the order of the configuration, which breaks ties."""
+    """The replicas of one route, in the order of the configuration, which breaks ties.
+
+    A replica is free when it is Ready and has a slot that neither an own lease nor foreign work fills. Its leases are
+    read from the ledger whenever take, give_back, put or a report says that something changed; nothing walks over all
+    replicas.
+    """
 
     def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
+        self._busy = ledger.busy_slots
         self._replicas: dict[str, Replica] = {}
+        self._places: dict[str, Place] = {}
+        self._sets: dict[Cohort, ReplicaSet] = {}
+        self._fresh_until: OrderedDict[str, float] = OrderedDict()
+        self._ready_count = 0
+        self._ready_slots = 0
 
     def __iter__(self) -> Iterator[Replica]:
         return iter(self._replicas.values())
@@ -60,9 +75,21 @@ class Fleet:
         """The replica as last told."""
         return self._replicas.get(replica_id)
 
+    # What is told of replicas
+
     def put(self, replica: Replica) -> None:
-        """Take over what was told of a replica."""
+        """Take over what was told of a replica. Costs O(log n)."""
+        place = self._places.get(replica.replica_id)
+        if place is not None:
+            self._discount(place, self._replicas[replica.replica_id])
+        replica_set = self._sets.get(replica.cohort)
+        if replica_set is None:
+            replica_set = self._sets[replica.cohort] = ReplicaSet(replica.cohort)
+        if place is None:
+            place = self._places[replica.replica_id] = Place(replica.replica_id, len(self._places), replica_set)
         self._replicas[replica.replica_id] = replica
+        self._count(place, replica, replica_set)
+        replica_set.update(place, self._busy(replica.replica_id))
 
     def suspect(self, replica_id: str) -> None:
         """Take a Ready replica that just failed a task out of service until it is told Ready again.
@@ -71,18 +98,132 @@ class Fleet:
         """
         replica = self._replicas.get(replica_id)
         if replica is not None and replica.state is ReplicaState.READY:
-            self._replicas[replica_id] = replace(replica, state=ReplicaState.UNREADY)
+            self.put(replace(replica, state=ReplicaState.UNREADY))
+
+    def note_foreign(self, replica_id: str, foreign_slots: int, now: float) -> None:
+        """The engine says that so many of its slots work for somebody else; believed for FRESH_S seconds.
+
+        `now` is never smaller than before.
+        """
+        place = self._places.get(replica_id)
+        if place is None:
+            return
+        if foreign_slots > 0:
+            self._fresh_until[replica_id] = now + FRESH_S
+            self._fresh_until.move_to_end(replica_id)
+        else:
+            self._fresh_until.pop(replica_id, None)
+        self._set_foreign(place, max(0, foreign_slots))
+
+    def next_stale(self) -> float | None:
+        """When the oldest report of foreign work must be dropped; None when there is none."""
+        return next(iter(self._fresh_until.values())) if self._fresh_until else None
+
+    def drop_stale(self, now: float) -> bool:
+        """Believe own leases alone where the engine has not told its load for FRESH_S; True where that was so.
+
+        An engine whose metrics fail would else keep the slots that it reported last closed for ever.
+        """
+        is_stale = False
+        while (stale_at := self.next_stale()) is not None and stale_at <= now:
+            replica_id, _ = self._fresh_until.popitem(last=False)
+            self._set_foreign(self._places[replica_id], 0)
+            is_stale = True
+        return is_stale
+
+    # What a task may expect
 
     def can_serve(self, need: Need) -> bool:
-        """Some replica that meets the need is Ready or may yet become it."""
-        for replica in self._replicas.values():  # noqa: SIM110 (asked for every task; a generator takes twice as long)
-            if not replica.state.is_gone and replica.meets(need):
+        """Some replica that meets the need is Ready or may yet become it. Costs O(cohorts)."""
+        for replica_set in self._sets.values():  # noqa: SIM110 (asked for every task; a generator takes twice as long)
+            if replica_set.alive and replica_set.suits(need):
                 return True
         return False
 
+    def can_start(self, need: Need) -> bool:
+        """Some replica that meets the need is free. Costs O(cohorts)."""
+        for replica_set in self._sets.values():  # noqa: SIM110 (as above)
+            if replica_set.free and replica_set.suits(need):
+                return True
+        return False
+
+    def ready(self, need: Need) -> bool:
+        """Some replica that meets the need is Ready, if busy. Costs O(cohorts)."""
+        return any(replica_set.ready and replica_set.suits(need) for replica_set in self._sets.values())
+
+    @property
+    def has_free(self) -> bool:
+        """Some replica is free."""
+        for replica_set in self._sets.values():  # noqa: SIM110 (as above)
+            if replica_set.free:
+                return True
+        return False
+
+    @property
+    def ready_count(self) -> int:
+        """How many replicas are Ready."""
+        return self._ready_count
+
+    @property
+    def ready_slots(self) -> int:
+        """Slots of the Ready replicas, busy or not."""
+        return self._ready_slots
+
+    @property
+    def cohorts(self) -> list[Cohort]:
+        """Of the replicas as last told, each once."""
+        return list(self._sets)
+
+    # Choice
+
+    def choose(self, need: Need, *, prefer: str | None = None, detour_s: float = 0.0) -> Replica:
+        """The free replica that meets the need with the least predicted work per slot.
+
+        Of equals the one with the smaller share of its slots taken, then the one configured first. The replica
+        `prefer` comes before it as long as it is free, meets the need and has at most `detour_s` seconds of work per
+        slot more. The caller leases the slot and calls take() before anything else is asked; LookupError when no
+        replica is free.
+        """
+        least: Entry | None = None
+        for replica_set in self._sets.values():
+            entry = replica_set.least(need)
+            if entry is not None and (least is None or entry < least):
+                least = entry
+        if least is None:
+            raise LookupError(f"no free replica meets {need}")
+        if prefer is not None:
+            place = self._places.get(prefer)
+            if (
+                place is not None
+                and place.entry is not None
+                and place.replica_set.suits(need)
+                and place.entry[0] - least[0] <= detour_s
+            ):
+                return self._replicas[prefer]
+        return self._replicas[least[3].replica_id]
+
+    def take(self, replica_id: str, work_s: float) -> None:
+        """A slot of the replica was leased for work that is predicted to last `work_s` seconds. After hold_slot."""
+        place = self._places[replica_id]
+        place.work_s += work_s
+        place.replica_set.update(place, self._busy(replica_id))
+
+    def give_back(self, replica_id: str, work_s: float) -> None:
+        """The lease was settled; `work_s` as it was taken. After settle_slot, once for every take."""
+        place = self._places[replica_id]
+        busy = self._busy(replica_id)
+        left = place.work_s - work_s
+        place.work_s = left if busy and left > 0.0 else 0.0  # to zero when idle: rounding leaves nothing behind
+        place.replica_set.update(place, busy)
+
+    def work_s(self, replica_id: str) -> float:
+        """Predicted seconds of work placed there and not over, over all its slots; 0 for an unknown replica."""
+        place = self._places.get(replica_id)
+        return 0.0 if place is None else place.work_s
+
     def free(self) -> list[Replica]:
         """Ready replicas with a slot that nobody holds."""
-        busy = self._ledger.busy_slots
+        busy = self._busy
         return [r for r in self._replicas.values() if r.state is ReplicaState.READY and busy(r.replica_id) < r.slots]
 
     def least_loaded(self, free: Sequence[Replica], need: Need) -> Replica:
@@ -90,4 +231,34 @@ class Fleet:
         fit = [replica for replica in free if replica.meets(need)]
         if len(fit) == 1:
             return fit[0]
-        return min(fit, key=lambda replica: self._ledger.busy_slots(replica.replica_id) / replica.slots)
+        return min(fit, key=lambda replica: self._busy(replica.replica_id) / replica.slots)
+
+    # The index
+
+    def _set_foreign(self, place: Place, foreign: int) -> None:
+        if place.foreign != foreign:
+            place.foreign = foreign
+            place.replica_set.update(place, self._busy(place.replica_id))
+
+    def _count(self, place: Place, replica: Replica, replica_set: ReplicaSet) -> None:
+        is_ready = replica.state is ReplicaState.READY
+        place.replica_set = replica_set
+        place.slots = replica.slots if is_ready else 0
+        replica_set.members += 1
+        replica_set.alive += not replica.state.is_gone
+        replica_set.ready += is_ready
+        self._ready_count += is_ready
+        self._ready_slots += place.slots
+
+    def _discount(self, place: Place, replica: Replica) -> None:
+        """Undo _count() of what was told before; a replica set without members is forgotten."""
+        is_ready = replica.state is ReplicaState.READY
+        replica_set = place.replica_set
+        replica_set.withdraw(place)
+        replica_set.members -= 1
+        replica_set.alive -= not replica.state.is_gone
+        replica_set.ready -= is_ready
+        self._ready_count -= is_ready
+        self._ready_slots -= place.slots
+        if not replica_set.members:
+            del self._sets[replica_set.cohort]

@@ -5,30 +5,31 @@ nothing itself: whoever calls it performs the commands, in their order, before t
 Three independent systems with this very job have this shape: dask's worker state machine, httpcore's pool, llama-swap.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-
 from llorch.domain import events as ev
+from llorch.domain.admission import Admission
+from llorch.domain.fair_queue import FairQueue
 from llorch.domain.faults import (
     CANCELED,
+    HOPELESS,
     LATE,
-    REPLICA_FAULTS,
+    PREEMPTED,
     RETRIED_FAULTS,
     SESSION_DELETED,
     SHUTDOWN,
     STRANDED,
+    TIME_SPENT,
     UNREAD,
 )
+from llorch.domain.forecast import Forecast
 from llorch.domain.invariants import Parts, broken_invariants
-from llorch.domain.ledger import Ledger
+from llorch.domain.ledger import Ledger, Use
+from llorch.domain.policy import RoutePolicy
 from llorch.domain.pool import Fleet, Replica, ReplicaState
-from llorch.domain.queue import TaskQueue
+from llorch.domain.runs import Runs
 from llorch.domain.task import (
-    ANYWHERE,
-    EXACT,
     Attempt,
+    Estimate,
     Fault,
-    Need,
     Priority,
     SessionKey,
     Task,
@@ -38,17 +39,7 @@ from llorch.domain.task import (
     WaitReason,
 )
 from llorch.domain.timers import Timer, Timers
-from llorch.errors import AdmissionReject, DecodeTimeout, ReplicaExhausted
-
-
-@dataclass(frozen=True, slots=True)
-class RoutePolicy:
-    """How a route treats its tasks. Times in seconds; `attempts` is the most runs of one task before a first token."""
-
-    capacity: Mapping[Priority, int] = field(default_factory=lambda: dict.fromkeys(Priority, 256))
-    wall_s: float = 600.0
-    unread_grace_s: float = 10.0
-    attempts: int = 3
+from llorch.errors import DecodeTimeout, ReplicaExhausted
 
 
 class Scheduler:
@@ -57,156 +48,186 @@ class Scheduler:
     def __init__(self, policy: RoutePolicy, ledger: Ledger) -> None:
         self.policy = policy
         self.ledger = ledger
-        self.queue = TaskQueue(policy.capacity)
+        self.queue = FairQueue(policy.queue)
         self.fleet = Fleet(ledger)
+        self.forecast = Forecast(self.queue, self.fleet)
+        self.runs = Runs(policy, self.queue, self.fleet, ledger, self.forecast)
+        self.attempts = self.runs.attempts
         self.tasks: dict[TaskKey, Task] = {}
-        self.attempts: dict[int, Attempt] = {}
         self.sessions: dict[SessionKey, set[TaskKey]] = {}
+        self._admission = Admission(policy, self.queue, self.fleet, ledger, self.forecast)
         self._timers = Timers()
+        self._evictions: dict[tuple[str, int], SessionKey] = {}
         self._last_order = 0
         self._closing: Fault | None = None
 
     def handle(self, event: ev.Event, now: float) -> list[ev.Command]:
         """Take in a fact and answer with the orders that follow. `now` is in seconds, never smaller than before."""
         match event:
-            case ev.FirstToken() | ev.TokensProduced() | ev.FollowerJoined() | ev.FollowerLeft():
-                self._note(event, now)
-                return []
-            case _:
-                return [*self._decide(event, now), *self._fire_timers(now), *self._start_tasks(now)]
-
-    def _note(self, event: ev.FirstToken | ev.TokensProduced | ev.FollowerJoined | ev.FollowerLeft, now: float) -> None:
-        """Take in what calls for no order now."""
-        match event:
             case ev.TokensProduced():
-                self._count_tokens(event)
+                self.runs.note_tokens(event)
+                return []
             case ev.FirstToken():
-                self._note_first_token(event, now)
+                self.runs.note_first_token(event, now)
+                return []
             case ev.FollowerJoined():
                 self._join(event.task)
+                return []
             case ev.FollowerLeft():
                 self._leave(event.task, now)
+                return []
+        commands = self._decide(event, now)
+        self._fire_timers(now, commands)
+        if len(self.queue):
+            self._start_tasks(now, commands)
+        if self._evictions:
+            self._evict_idle(commands)
+        return commands
 
-    def _decide(self, event: ev.Deciding, now: float) -> list[ev.Command]:
+    def _decide(self, event: ev.Deciding, now: float) -> list[ev.Command]:  # noqa: C901 (one case for each event)
         match event:
             case ev.TaskSubmitted():
                 return self._submit(event.spec, now)
-            case ev.AttemptStalled():
-                return self._stall_attempt(event, now)
             case ev.AttemptEnded():
                 return self._end_attempt(event, now)
+            case ev.AttemptStalled():
+                return self._stall_attempt(event, now)
             case ev.CancelRequested():
                 return self._finish(event.task, TaskState.CANCELED, CANCELED, now)
             case ev.ReplicaChanged():
                 return self._change_replica(event.replica, now)
+            case ev.EngineLoad():
+                self.fleet.note_foreign(event.replica_id, event.foreign_slots, now)
+            case ev.LimitLifted():
+                self.queue.unpark(event.tenant)
             case ev.SessionDeleted():
                 return self._delete_session(event.session, now)
             case ev.ShutdownRequested():
                 return self._shut_down(event.grace_s, now)
             case ev.Tick():
-                return []
+                pass
+        return []
 
     def next_wakeup(self) -> float | None:
         """When a Tick is due, in the same seconds as `now`; None while nothing waits for time to pass."""
-        return self._timers.next_at()
+        due = self._timers.next_at()
+        for other in (self.fleet.next_stale(), self._next_preemption()):
+            if other is not None and (due is None or other < due):
+                due = other
+        return due
+
+    def predict(self, task: Task, now: float) -> tuple[Estimate | None, float | None]:
+        """Until the waiting task starts, and its chance to end in time; None for what is unknown."""
+        wait = self.forecast.wait(task, now)
+        return wait, self.forecast.on_time(task, wait, now)
 
     def wait_reason(self, task: Task) -> WaitReason:
         """Why a queued task has not started."""
-        ready = [replica for replica in self.fleet if replica.state is ReplicaState.READY]
-        if not ready:
+        if not self.fleet.ready_count:
             return WaitReason.NO_READY_REPLICA
-        if not any(replica.meets(task.need) for replica in ready):
+        if not self.fleet.ready(task.need):
             return WaitReason.NO_EXACT_REPLICA
+        if self.queue.is_parked(task):
+            return WaitReason.QUOTA
         return WaitReason.TASKS_AHEAD if self.queue.position(task) else WaitReason.SLOTS_BUSY
+
+    def is_warm(self, session: SessionKey, now: float) -> bool | None:
+        """The slot that served the session last still holds its KV cache; None when it is not known to this route."""
+        place = self.runs.bindings.bound(session, now)
+        return None if place is None else self.runs.bindings.is_warm(session, *place)
 
     # Admission
 
     def _submit(self, spec: TaskSpec, now: float) -> list[ev.Command]:
-        fault = self._refusal(spec, now)
-        if fault is not None:
-            return [ev.Reject(spec.key, fault)]
+        admitted = self._closing or self._admission.admit(spec, self._last_order + 1, now)
+        if isinstance(admitted, Fault):
+            return [ev.Reject(spec.key, admitted)]
+        task, victim = admitted
         self._last_order += 1
-        task = Task(spec, self._last_order, accepted_at=now, need=EXACT if spec.strict else ANYWHERE)
-        self.ledger.sessions.take_turn(spec.session, now)
         self.tasks[task.key] = task
-        self.sessions.setdefault(spec.session, set()).add(task.key)
-        self.queue.push(task)
+        session = self.sessions.get(spec.session)
+        if session is None:
+            session = self.sessions[spec.session] = set()
+        session.add(task.key)
         if spec.deadline_s is not None:
             self._timers.set(task.key, Timer.DEADLINE, now + spec.deadline_s)
-        return [ev.Admit(task, self.queue.position(task))]
-
-    def _refusal(self, spec: TaskSpec, now: float) -> Fault | None:
-        if self._closing is not None:
-            return self._closing
-        if not self.fleet.can_serve(EXACT if spec.strict else ANYWHERE):
-            return STRANDED
-        if self.queue.is_full(spec.priority):
-            waiting = self.queue.depth(spec.priority)
-            return Fault(AdmissionReject, f"{waiting} {spec.priority} tasks wait already", policy_label="reject")
-        return self.ledger.sessions.refusal(spec.session, now)
+        lost: list[ev.Command] = []
+        if victim is not None:
+            lost = self._finish(victim.task.key, TaskState.FAILED, victim.fault, now)
+            self.forecast.tell(task, now)
+        return [ev.Admit(task, task.position_told, self._admission.backoff_s(task)), *lost]
 
     # Placement
 
-    def _start_tasks(self, now: float) -> list[ev.Command]:
-        commands: list[ev.Command] = []
-        while len(self.queue) and (free := self.fleet.free()):
-            task = self.queue.head(lambda need: any(replica.meets(need) for replica in free))
+    def _start_tasks(self, now: float, commands: list[ev.Command]) -> None:
+        """Bring waiting tasks and free slots together; where none is free, somebody may have to make room."""
+        fleet, runs = self.fleet, self.runs
+        while fleet.has_free:
+            task = self.queue.next(fleet.can_start, runs.may_start)
             if task is None:
                 break
-            commands.append(self._start(task, self.fleet.least_loaded(free, task.need), now))
-        return commands
+            if self._admission.is_hopeless(task, now):
+                commands += self._finish(task.key, TaskState.FAILED, HOPELESS, now)
+            else:
+                commands.append(self._start(task, now))
+        if self.policy.preemption.hard and len(self.queue):
+            self._preempt(now, commands)
 
-    def _start(self, task: Task, replica: Replica, now: float) -> ev.Start:
-        self.queue.remove(task)
-        lease = self.ledger.hold_slot(replica.replica_id)
-        attempt = Attempt(lease.attempt_id, task.key, replica.replica_id, lease.slot, started_at=now)
-        self.attempts[attempt.attempt_id] = attempt
+    def _start(self, task: Task, now: float) -> ev.Start:
         task.move(TaskState.RUNNING)
-        task.attempt = attempt
-        task.attempts += 1
-        if task.started_at is None:
-            task.started_at = now
-        if task.spec.strict:
-            task.need = Need(exact=True, cohort=replica.cohort)
-        self._timers.set(task.key, Timer.WALL, now + self.policy.wall_s)
+        attempt = self.runs.start(task, now)
+        left_s = self.ledger.time_left_s(task.key)
+        wall_s = self.policy.wall_s if left_s is None else min(self.policy.wall_s, left_s - task.run_s)
+        self._timers.set(task.key, Timer.WALL, now + wall_s)
         return ev.Start(task, attempt)
+
+    def _preempt(self, now: float, commands: list[ev.Command]) -> None:
+        """Break off running work for each more urgent task whose turn it is, as far as the policy allows."""
+        preemption = self.runs.preemption
+        while preemption.pending < self.queue.depth(Priority.INTERACTIVE) and preemption.is_allowed(now):
+            task = self.queue.next(self.fleet.ready, self.runs.may_start)
+            attempt = None if task is None else preemption.choose(task, self.fleet)
+            if attempt is None:
+                return
+            preemption.preempt(attempt, now)
+            self.ledger.release_slot(attempt.attempt_id)
+            commands.append(ev.Abort(attempt))
+
+    def _next_preemption(self) -> float | None:
+        if not self.policy.preemption.hard or not self.queue.depth(Priority.INTERACTIVE):
+            return None
+        return self.runs.preemption.next_allowed_at()
 
     def _change_replica(self, replica: Replica, now: float) -> list[ev.Command]:
         """Take the news over; tasks that no replica can ever take any more have waited in vain."""
+        before = self.fleet.get(replica.replica_id)
         self.fleet.put(replica)
+        if replica.state is not ReplicaState.READY:
+            self.runs.bindings.lose(replica.replica_id)
+        if before is None or not (replica.state.is_gone or before.cohort != replica.cohort):
+            return []
         stranded = [task.key for task in self.queue if not self.fleet.can_serve(task.need)]
         return self._finish_each(stranded, TaskState.FAILED, STRANDED, now)
 
     # What runs report
 
-    def _note_first_token(self, event: ev.FirstToken, now: float) -> None:
-        task = self.running(event.task, event.attempt_id)
-        if task is not None and task.attempt is not None:
-            task.attempt.has_token = True
-            task.first_token_at = now
-
-    def _count_tokens(self, event: ev.TokensProduced) -> None:
-        task = self.running(event.task, event.attempt_id)
-        if task is not None:
-            task.tokens_out += event.count
-
     def _stall_attempt(self, event: ev.AttemptStalled, now: float) -> list[ev.Command]:
         """The task has its answer at once; the slot is free only when the engine let go."""
-        attempt = self.attempts.get(event.attempt_id)
+        attempt = self.runs.attempts.get(event.attempt_id)
         if attempt is None or self.running(event.task, event.attempt_id) is None:
             return []
-        self.fleet.suspect(attempt.replica_id)
+        self.runs.suspect(attempt.replica_id)
         return self._finish(event.task, TaskState.FAILED, event.fault, now)
 
     def _end_attempt(self, event: ev.AttemptEnded, now: float) -> list[ev.Command]:
-        attempt = self.attempts.pop(event.attempt_id, None)
-        if attempt is None:
+        ended = self.runs.end(event, now)
+        if ended is None:
             return []
-        self.ledger.settle_slot(attempt.attempt_id)
-        if event.fault is not None and issubclass(event.fault.kind, REPLICA_FAULTS):
-            self.fleet.suspect(attempt.replica_id)
-        task = self.running(attempt.task, attempt.attempt_id)
-        if task is None:
+        task, attempt = ended
+        if event.prompt_tokens is not None and not attempt.tokens_before:
+            task.counted_prompt = event.prompt_tokens
+        if task.attempt is not attempt:
+            self._let_go(task, now)
             return []
         task.attempt = None
         if event.fault is None:
@@ -215,21 +236,29 @@ class Scheduler:
 
     def _retry_or_fail(self, task: Task, attempt: Attempt, fault: Fault, now: float) -> list[ev.Command]:
         """1. Not to be retried: the end. 2. Going away. 3. Late. 4. Tried enough. 5. Nowhere to go. 6. Try again."""
-        if attempt.has_token or not issubclass(fault.kind, RETRIED_FAULTS):
+        if attempt.is_preempted:
+            fault = PREEMPTED
+        elif attempt.has_token or not issubclass(fault.kind, RETRIED_FAULTS):
             return self._finish(task.key, TaskState.FAILED, fault, now)
         if self._closing is not None:
             return self._finish(task.key, TaskState.FAILED, self._closing, now)
         if task.is_late:
             return self._finish(task.key, TaskState.FAILED, LATE, now)
-        if task.attempts >= self.policy.attempts:
+        if fault is not PREEMPTED and task.attempts - task.preemptions >= self.policy.attempts:
             exhausted = Fault(ReplicaExhausted, f"{task.attempts} attempts failed, the last one: {fault.message}")
             return self._finish(task.key, TaskState.FAILED, exhausted, now)
         if not self.fleet.can_serve(task.need):
             return self._finish(task.key, TaskState.FAILED, STRANDED, now)
+        return [self._requeue(task, fault)]
+
+    def _requeue(self, task: Task, fault: Fault) -> ev.Requeue:
+        task.preemptions += fault is PREEMPTED
         task.move(TaskState.QUEUED)
         self._timers.clear(task.key, Timer.WALL)
+        self.queue.settle(task, refund_prompt=task.first_token_at is None)
+        self.ledger.requeue(task.key)
         self.queue.push(task)
-        return [ev.Requeue(task, fault)]
+        return ev.Requeue(task, fault)
 
     # Readers
 
@@ -261,11 +290,25 @@ class Scheduler:
         task.ended_at = now
         self._timers.clear_all(key)
         self._leave_session(task)
-        commands: list[ev.Command] = [ev.Finish(task)]
-        if attempt is not None:
-            self.ledger.release_slot(attempt.attempt_id)
-            commands.append(ev.Abort(attempt))
-        return commands
+        if attempt is None:
+            self._let_go(task, now)
+            return [ev.Finish(task)]
+        if attempt.is_preempted:
+            return [ev.Finish(task)]  # the engine was told already
+        self.ledger.release_slot(attempt.attempt_id)
+        return [ev.Finish(task), ev.Abort(attempt)]
+
+    def _let_go(self, task: Task, now: float) -> None:
+        """The task has ended and holds no slot: what it was charged and what it reserved becomes what it used.
+
+        A prompt counts once a token came of it, or the task succeeded without one.
+        """
+        is_served = task.first_token_at is not None or task.state is TaskState.SUCCEEDED
+        if task.attempts:
+            self.queue.settle(task, task.counted_prompt, refund_prompt=not is_served)
+        prompt, prices = task.prompt_tokens if is_served else 0, self.policy.prices
+        cost = prices.prompt * prompt + prices.output * task.tokens_out
+        self.ledger.settle_task(task.key, Use(prompt, task.tokens_out, task.run_s, cost), now)
 
     def _leave_session(self, task: Task) -> None:
         keys = self.sessions[task.spec.session]
@@ -275,8 +318,20 @@ class Scheduler:
 
     def _delete_session(self, session: SessionKey, now: float) -> list[ev.Command]:
         self.ledger.sessions.forget(session)
+        if (place := self.runs.bindings.forget(session)) is not None:
+            self._evictions[place] = session
         keys = sorted(self.sessions.get(session, ()), key=lambda key: self.tasks[key].order)
         return self._finish_each(keys, TaskState.CANCELED, SESSION_DELETED, now)
+
+    def _evict_idle(self, commands: list[ev.Command]) -> None:
+        """A slot whose session is gone is emptied once its last task has let go of it, unless another works there."""
+        holders = {(a.replica_id, a.slot): self.runs.owners[a.attempt_id] for a in self.runs.attempts.values()}
+        for place, session in list(self._evictions.items()):
+            holder = holders.get(place)
+            if holder is None:
+                commands.append(ev.Evict(*place))
+            if holder is None or holder.spec.session != session:
+                del self._evictions[place]
 
     def _shut_down(self, grace_s: float, now: float) -> list[ev.Command]:
         self._closing = SHUTDOWN
@@ -290,13 +345,12 @@ class Scheduler:
 
     # Time
 
-    def _fire_timers(self, now: float) -> list[ev.Command]:
-        commands: list[ev.Command] = []
+    def _fire_timers(self, now: float, commands: list[ev.Command]) -> None:
+        self.fleet.drop_stale(now)
         for key, timer in self._timers.pop_due(now):
             task = self.tasks.get(key)
             if task is not None:
                 commands += self._time_out(task, timer, now)
-        return commands
 
     def _time_out(self, task: Task, timer: Timer, now: float) -> list[ev.Command]:
         match timer:
@@ -306,12 +360,17 @@ class Scheduler:
                     return []
                 return self._finish(task.key, TaskState.FAILED, LATE, now)
             case Timer.WALL:
-                fault = Fault(DecodeTimeout, f"the attempt ran for {self.policy.wall_s:g} s, the longest allowed")
-                return self._finish(task.key, TaskState.FAILED, fault, now)
+                return self._finish(task.key, TaskState.FAILED, self._out_of_time(task), now)
             case Timer.UNREAD:
                 return self._finish(task.key, TaskState.CANCELED, UNREAD, now)
             case Timer.SHUTDOWN:
                 return self._finish(task.key, TaskState.FAILED, SHUTDOWN, now)
+
+    def _out_of_time(self, task: Task) -> Fault:
+        left_s = self.ledger.time_left_s(task.key)
+        if left_s is not None and left_s - task.run_s < self.policy.wall_s:
+            return TIME_SPENT
+        return Fault(DecodeTimeout, f"the attempt ran for {self.policy.wall_s:g} s, the longest allowed")
 
     def running(self, key: TaskKey, attempt_id: int) -> Task | None:
         """The task, if this attempt is still the one that runs it."""
@@ -324,6 +383,6 @@ class Scheduler:
 
     def check_invariants(self) -> None:
         """Raise AssertionError naming what does not add up. Costs O(tasks)."""
-        parts = Parts(self.tasks, self.attempts, self.sessions, self.queue, self.fleet, self.ledger)
+        parts = Parts(self.tasks, self.runs, self.sessions, self.queue, self.fleet, self.ledger)
         for broken in broken_invariants(parts):
             raise AssertionError(broken)

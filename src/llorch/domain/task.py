@@ -3,6 +3,7 @@
 Owns the state machine as data. Knows nothing of prompts, tokens' texts, HTTP or engines.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
@@ -79,6 +80,7 @@ class Fault:
     message: str = ""
     policy_label: str | None = None
     retry_after_ms: int | None = None
+    details: Mapping[str, int] | None = None
 
     def error(self, *, engine: str | None = None, pool_id: str | None = None) -> LlorchError:
         """The error to raise or to show for it."""
@@ -88,6 +90,7 @@ class Fault:
             pool_id=pool_id,
             retry_after_ms=self.retry_after_ms,
             policy_label=self.policy_label,
+            details=self.details,
         )
 
 
@@ -157,8 +160,9 @@ class TaskSpec:
 class Attempt:
     """One run of a task on a replica. It outlives its task while the engine is still letting go.
 
-    `work_s` is what was predicted for it, `tokens_before` what earlier attempts had produced. One that `is_preempted`
-    was told to make room; its task waits again when the engine let go.
+    `work_s` is how long it was predicted to run, `cost` what it was expected to do in weighted tokens,
+    `tokens_before` what earlier attempts had produced. One that `is_preempted` was told to make room; its task waits
+    again when the engine let go.
     """
 
     attempt_id: int
@@ -170,6 +174,7 @@ class Attempt:
     first_token_at: float | None = None
     work_s: float = 0.0
     tokens_before: int = 0
+    cost: float = 0.0
     is_preempted: bool = False
     affinity: Affinity | None = None
     kv_warmth: bool | None = None
@@ -180,8 +185,11 @@ class Task:
     """A task that the scheduler admitted and has not finished. Times are seconds of the caller's monotonic clock.
 
     `order` grows with admission and is kept for life: a requeued task takes its old place again. `started_at` is when
-    the first attempt started. `due` sorts a flow by deadline. `cost` is what waiting for it means in weighted tokens,
-    `charged_tokens` and `has_paid_prompt` what its flow was charged for it. `predicted_wait` was told at acceptance.
+    the first attempt started. `prompt_tokens` is the estimate, until the end makes it what the engine counted. `due`
+    sorts a flow by deadline. `cost` is what waiting for it means in weighted tokens,
+    `charged_tokens` and `has_paid_prompt` what its flow was charged for it. `predicted_wait`,
+    `on_time_probability` and `position_told` were told at acceptance; `ahead_told` and `starts_told` say what of the
+    latter came true.
     """
 
     spec: TaskSpec
@@ -196,10 +204,14 @@ class Task:
     ended_at: float | None = None
     tokens_out: int = 0
     prompt_tokens: int = 0
+    counted_prompt: int | None = None
     due: float = 0.0
     cost: float = 0.0
     charged_tokens: int = 0
     has_paid_prompt: bool = False
+    position_told: int = 0
+    ahead_told: float | None = None
+    starts_told: int = 0
     predicted_wait: Estimate | None = None
     on_time_probability: float | None = None
     preemptions: int = 0

@@ -5,24 +5,24 @@ process goes to the journal first; terminal frames follow its commit.
 """
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
 from llorch.domain import events as ev
-from llorch.domain.faults import REPLICA_FAULTS, SHUTDOWN
+from llorch.domain.faults import PREEMPTED, REPLICA_FAULTS, SHUTDOWN
 from llorch.domain.ledger import Ledger
 from llorch.domain.scheduler import Scheduler
-from llorch.domain.task import Attempt, Fault, Task, TaskKey, TaskState
+from llorch.domain.task import Attempt, Budgets, Fault, SessionKey, Task, TaskKey
 from llorch.errors import Internal
 from llorch.service import frames
+from llorch.service.advice import Advice
+from llorch.service.patience import spread, told
 from llorch.service.ports import Accepted, Clock, Ended, Journal
 from llorch.service.records import Record, Records
 from llorch.service.runner import Runner
 from llorch.service.submission import Acceptance, Placement
 from llorch.telemetry import Telemetry
-
-ADVICE_INTERVAL_S = 1.0
-"""Waiting readers hear of a new place in the queue at most this often."""
 
 
 class Dispatcher:
@@ -43,6 +43,7 @@ class Dispatcher:
         self.schedulers = schedulers
         self.ledger = ledger
         self.records = records
+        self.advice = Advice(schedulers, ledger, clock)
         self._journal = journal
         self._runner = runner
         self._telemetry = telemetry
@@ -51,13 +52,13 @@ class Dispatcher:
         self._mailbox: deque[tuple[str, ev.Event]] = deque()
         self._is_handling = False
         self._running: dict[int, asyncio.Task[Fault | None]] = {}
+        self._erasing: set[asyncio.Task[bool]] = set()
         self._submitted: dict[TaskKey, Record] = {}
         self._refusals: dict[TaskKey, Fault] = {}
         self._ended: list[Record] = []
         self._committer: asyncio.Task[None] | None = None
         self._wakeup: asyncio.TimerHandle | None = None
         self._wakeup_at: float | None = None
-        self._advice: asyncio.TimerHandle | None = None
         self._expiry: asyncio.TimerHandle | None = None
         self._expiry_at: float | None = None
         self._idle = asyncio.Event()
@@ -96,15 +97,18 @@ class Dispatcher:
             del self._submitted[record.key]
         refusal = self._refusals.pop(record.key, None)
         if refusal is not None:
-            raise refusal.error(engine=record.route.engine)
+            raise told(refusal, record.key[1]).error(engine=record.route.engine)
         submission = record.submission
         record.acceptance = acceptance = Acceptance(
             task_id=submission.task_id,
             session_id=submission.session_id,
             state=record.admitted.state,
             queue_position=record.queue_position,
+            predicted_start_ms=frames.predicted_ms(record.admitted.predicted_wait),
+            backoff_ms=record.backoff_ms,
+            budgets=self.ledger.budgets_left(record.admitted.spec.session, self.now()),
         )
-        self.advise(record)
+        self.advice.tell(record)
         await self._journal.commit()
         return acceptance
 
@@ -124,15 +128,20 @@ class Dispatcher:
         """Break off what still runs, and return when every engine was told."""
         if any(scheduler.tasks for scheduler in self.schedulers.values()):
             self.post_to_all(ev.ShutdownRequested(grace_s=0.0))
-        running = list(self._running.values())
+        running = [*self._running.values(), *self._erasing]
         for run in running:
             run.cancel()
         await asyncio.gather(*running, return_exceptions=True)
         if self._committer is not None:
             await self._committer
-        for handle in (self._wakeup, self._advice, self._expiry):
+        self.advice.close()
+        for handle in (self._wakeup, self._expiry):
             if handle is not None:
                 handle.cancel()
+
+    def budgets_left(self, session: SessionKey) -> Budgets | None:
+        """What is left of a session's budgets; None without any."""
+        return self.ledger.budgets_left(session, self.now())
 
     # Events in, commands out
 
@@ -145,10 +154,18 @@ class Dispatcher:
         self._telemetry.observe(route_id, event, commands, now)
         if not isinstance(event, ev.QUIET):
             self._follow_up(scheduler, event, commands)
+            for tenant in self.ledger.take_lifted():
+                self._tell_lifted(tenant, route_id)
+
+    def _tell_lifted(self, tenant: str, route_id: str) -> None:
+        """A limit of the tenant has room again: what waited for it on other routes may start."""
+        for other in self.schedulers:
+            if other != route_id:
+                self._mailbox.append((other, ev.LimitLifted(tenant)))
 
     def _follow_up(self, scheduler: Scheduler, event: ev.Event, commands: Sequence[ev.Command]) -> None:
         if commands:
-            self._plan_advice(scheduler)
+            self.advice.plan()
             if isinstance(event, ev.AttemptStalled):
                 self._on_suspect(scheduler.attempts[event.attempt_id].replica_id)
         if scheduler.tasks or scheduler.attempts:
@@ -168,17 +185,21 @@ class Dispatcher:
             case ev.Start():
                 self._start(route_id, command.task, command.attempt, now)
             case ev.Requeue():
-                pass  # the scheduler has put it back; its Start follows in time
+                self._requeue(command)
             case ev.Finish():
                 self._finish(command.task, now)
             case ev.Abort():
                 self._running[command.attempt.attempt_id].cancel()
+            case ev.Evict():
+                self._evict(command)
 
     def _admit(self, route_id: str, command: ev.Admit) -> None:
         task = command.task
         record = self._submitted[task.key]
         record.task = task
         record.queue_position = command.queue_position
+        if command.backoff_s is not None:
+            record.backoff_ms = spread(math.ceil(command.backoff_s * 1000), task.key[1])
         self.records.file(record)
         self._journal.append(Accepted(*task.key, route_id=route_id, order=task.order))
 
@@ -195,11 +216,29 @@ class Dispatcher:
         )
         if task.attempts == 1:
             record.stream.append("started", frames.started(record, now))
+        else:
+            self.advice.tell_running(record)
         run = asyncio.get_running_loop().create_task(self._runner.run(record, attempt, self.post))
         self._running[attempt.attempt_id] = run
-        run.add_done_callback(lambda done: self._report_end(route_id, attempt, done))
+        run.add_done_callback(lambda done: self._report_end(record, attempt, done))
 
-    def _report_end(self, route_id: str, attempt: Attempt, run: "asyncio.Task[Fault | None]") -> None:
+    def _requeue(self, command: ev.Requeue) -> None:
+        """The scheduler has put it back, its Start follows in time; a reader hears of what had begun to come."""
+        if command.fault.policy_label == PREEMPTED.policy_label:
+            self.advice.tell_broken_off(self._record(command.task))
+
+    def _evict(self, command: ev.Evict) -> None:
+        """Nobody waits for the outcome: a cache that stays is overwritten by the next task in its slot."""
+        erasing = asyncio.get_running_loop().create_task(self._runner.erase(command.replica_id, command.slot))
+        self._erasing.add(erasing)
+        erasing.add_done_callback(self._end_erasing)
+
+    def _end_erasing(self, erasing: "asyncio.Task[bool]") -> None:
+        self._erasing.discard(erasing)
+        if not erasing.cancelled() and (error := erasing.exception()) is not None:
+            self._telemetry.report_bug("evict", error)
+
+    def _report_end(self, record: Record, attempt: Attempt, run: "asyncio.Task[Fault | None]") -> None:
         """Whatever happened to the attempt, exactly one AttemptEnded tells it."""
         del self._running[attempt.attempt_id]
         fault: Fault | None
@@ -210,7 +249,14 @@ class Dispatcher:
             fault = Fault(Internal)
         else:
             fault = run.result()
-        self.post(route_id, ev.AttemptEnded(attempt.task, attempt.attempt_id, fault))
+        if record.replayed:
+            self._telemetry.observe_replay(attempt.attempt_id, record.replayed)
+            record.replayed = 0
+        prompt_tokens = None
+        if fault is None and record.completed is not None:
+            prompt_tokens = record.completed.usage.prompt_tokens
+        event = ev.AttemptEnded(attempt.task, attempt.attempt_id, fault, prompt_tokens)
+        self.post(record.route.route_id, event)
         if fault is not None and issubclass(fault.kind, REPLICA_FAULTS):
             self._on_suspect(attempt.replica_id)
 
@@ -280,29 +326,6 @@ class Dispatcher:
         self.records.expire(self.now())
         if (due := self.records.next_expiry()) is not None:
             self._plan_expiry(due)
-
-    def _plan_advice(self, scheduler: Scheduler) -> None:
-        if self._advice is None and len(scheduler.queue):
-            self._advice = asyncio.get_running_loop().call_later(ADVICE_INTERVAL_S, self._advise_waiting)
-
-    def _advise_waiting(self) -> None:
-        """Tell those who wait their new places; one walk over each queue."""
-        self._advice = None
-        for scheduler in self.schedulers.values():
-            for position, task in enumerate(scheduler.queue):
-                record = self._record(task)
-                if record.told_position != position:
-                    self.advise(record)
-
-    def advise(self, record: Record) -> None:
-        """Note where a queued task stands and why it waits, and tell its readers."""
-        task = record.admitted
-        if task.state is TaskState.QUEUED:
-            scheduler = self.schedulers[record.route.route_id]
-            record.told_position = scheduler.queue.position(task)
-            reason = scheduler.wait_reason(task)
-            record.note_wait(reason)
-            record.stream.advise("queued", frames.queued(record.told_position, reason))
 
     def _call_at(self, due: float, call: Callable[[], None]) -> asyncio.TimerHandle:
         return asyncio.get_running_loop().call_later(max(0.0, due - self.now()), call)

@@ -2,28 +2,52 @@
 
 from typing import Any
 
-from llorch.domain.task import Task, WaitReason
+from llorch.domain.task import Budgets, Estimate, Task, WaitReason
 from llorch.errors import LlorchError
+from llorch.service.patience import told
 from llorch.service.ports import Usage
 from llorch.service.records import Record
 
 
 def started(record: Record, now: float) -> dict[str, Any]:
     """The task has begun: where, and what it was told at acceptance."""
-    task, placed = record.admitted, record.placed
+    task, placed, attempt = record.admitted, record.placed, record.admitted.attempt
+    affinity = attempt.affinity if attempt is not None else None
     return {
         "queue_position": record.queue_position,
-        "predicted_start_ms": None,
+        "predicted_start_ms": predicted_ms(task.predicted_wait),
         "waited_ms": _ms(task.accepted_at, now),
         "pool_id": placed.pool_id,
         "replica_id": placed.replica_id,
-        "kv_warmth": None,
+        "kv_warmth": attempt.kv_warmth if attempt is not None else None,
+        "affinity": affinity.value if affinity is not None else None,
     }
 
 
-def queued(position: int, reason: WaitReason) -> dict[str, Any]:
+def queued(position: int, reason: WaitReason, wait: Estimate | None) -> dict[str, Any]:
     """The task waits."""
-    return {"queue_position": position, "predicted_start_ms": None, "reason": reason.value}
+    return {"queue_position": position, "predicted_start_ms": predicted_ms(wait), "reason": reason.value}
+
+
+def metrics(*, queue_depth: int, on_time: float | None, left: Budgets | None) -> dict[str, Any]:
+    """What is measured of a waiting task; what is not known is left out."""
+    known: dict[str, Any] = {"queue_depth": queue_depth}
+    if on_time is not None:
+        known["on_time_probability"] = round(on_time, 4)
+    if left is not None:
+        known["budgets"] = budgets(left)
+    return known
+
+
+def budgets(left: Budgets) -> dict[str, Any]:
+    """What is left of a session's budgets."""
+    time_ms = None if left.time_s is None else round(left.time_s * 1000)
+    return {"tokens": left.tokens, "time_ms": time_ms, "cost": left.cost}
+
+
+def predicted_ms(wait: Estimate | None) -> int | None:
+    """Milliseconds until the predicted start."""
+    return None if wait is None else max(0, round(wait.mean_s * 1000))
 
 
 def terminal(record: Record) -> tuple[str, dict[str, Any]]:
@@ -32,7 +56,9 @@ def terminal(record: Record) -> tuple[str, dict[str, Any]]:
     if task.fault is None:
         return "end", _end(record, task)
     placed = record.placement
-    error = task.fault.error(engine=record.route.engine, pool_id=placed.pool_id if placed else None)
+    error = told(task.fault, record.submission.task_id).error(
+        engine=record.route.engine, pool_id=placed.pool_id if placed else None
+    )
     return "error", problem(error, record.correlation_id)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from llorch.domain.policy import FullPolicy
 from llorch.domain.pool import ReplicaState
 from llorch.domain.task import Cohort, Priority
 from llorch.service.routes import Route
@@ -49,6 +50,7 @@ class PoolView:
     allow_cpu: bool
     notice: str | None
     capacity: Mapping[Priority, int]
+    full_policy: Mapping[Priority, FullPolicy]
     depth: Mapping[Priority, int]
     is_draining: bool
     replicas: tuple[ReplicaHealth, ...]

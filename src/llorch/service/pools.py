@@ -116,11 +116,29 @@ class Pools:
             if self._schedulers[route_id].fleet.get(watched.config.replica_id) != watched.replica():
                 post(route_id, ev.ReplicaChanged(watched.replica()))
             if watched.state is ReplicaState.READY:
+                await self._compare_load(watched, post)
                 retry_s = FIRST_RETRY_S
                 await watched.wait(PROBE_S)
             else:
                 await watched.wait(retry_s)
                 retry_s = min(2 * retry_s, LAST_RETRY_S)
+
+    async def _compare_load(self, watched: Watched, post: Post) -> None:
+        """Tell the scheduler when the engine works for others, too.
+
+        Leases come and go while the engine is asked: what it says is compared with the more of them. News of foreign
+        work grows stale in the scheduler, so it is told again for as long as it holds.
+        """
+        route_id, replica_id = watched.config.pool.route.route_id, watched.config.replica_id
+        count_leases = self._schedulers[route_id].ledger.busy_slots
+        before = count_leases(replica_id)
+        busy = await watched.count_busy()
+        if busy is None:
+            return
+        foreign = max(0, busy - max(before, count_leases(replica_id)))
+        if foreign or watched.foreign_slots:
+            watched.foreign_slots = foreign
+            post(route_id, ev.EngineLoad(replica_id, foreign))
 
     # Views
 
@@ -132,7 +150,8 @@ class Pools:
             route=pool.route,
             allow_cpu=pool.route.allow_cpu,
             notice=pool.notice,
-            capacity=queue.capacity,
+            capacity=queue.policy.capacity,
+            full_policy=queue.policy.full_policy,
             depth={priority: queue.depth(priority) for priority in Priority},
             is_draining=self.is_draining,
             replicas=tuple(self._health(watched) for watched in replicas),

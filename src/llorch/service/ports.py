@@ -98,11 +98,17 @@ class Engine(Protocol):
     PoolUnready while it loads, InvalidParams when it refuses the request itself.
     """
 
+    @property
+    def can_interrupt(self) -> bool:
+        """It stops decoding soon after a generation was cancelled, so that running work can make room for other."""
+        ...
+
     async def generate(self, generation: Generation, on_tokens: OnTokens) -> Completed:
         """Run the generation to its end: hand out tokens as they come, and return the engine's last word.
 
         Tokens are pushed, not iterated over, because each hop to a task costs the token path a third of its CPU time.
-        Cancelling this tells the engine at once, by closing the connection; no token follows.
+        Cancelling this tells the engine at once, by closing the connection; no token follows. What `on_tokens` raises
+        ends the generation in the same way, and is raised here.
         """
         ...
 
@@ -123,6 +129,10 @@ class Engine(Protocol):
 
     async def count_busy_slots(self) -> int | None:
         """How many slots the engine itself says are working; None where it cannot tell."""
+        ...
+
+    async def erase(self, slot: int) -> bool:
+        """Forget the KV cache of an idle slot: True when it is gone, False where that cannot be done. Never raises."""
         ...
 
     async def count_tokens(self, text: str) -> int:

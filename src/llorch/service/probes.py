@@ -47,6 +47,8 @@ class Watched:
         self.config = config
         self.last_error: LastError | None = None
         self._clock = clock
+        self.foreign_slots = 0
+        """Slots that work for somebody else, as last told to the scheduler."""
         self._facts: EngineFacts | None = None
         self._poked = asyncio.Event()
         self.state = ReplicaState.STARTING
@@ -60,6 +62,7 @@ class Watched:
             slots=self.config.slots,
             cohort=Cohort(self.engine_version.value, self.model_digest.value, exact=slots == 1),
             state=self.state,
+            can_interrupt=self.config.engine.can_interrupt,
         )
 
     @property
@@ -84,10 +87,11 @@ class Watched:
         self._poked.set()
 
     async def probe(self) -> None:
-        """Ask the replica how and what it is."""
+        """Ask the replica how it is, and what it is unless it was Ready all the time."""
         try:
             await self.config.engine.check_health()
-            self._facts = await self.config.engine.read_facts()
+            if self._facts is None or self.state is not ReplicaState.READY:
+                self._facts = await self.config.engine.read_facts()
             self._compare(self._facts)
         except PoolUnavailable as mismatch:
             self._set(ReplicaState.UNREADY, mismatch)
@@ -97,6 +101,13 @@ class Watched:
             self._set(ReplicaState.STARTING if not self._was_ready else ReplicaState.UNREADY, error)
         else:
             self._set(ReplicaState.READY, None)
+
+    async def count_busy(self) -> int | None:
+        """How many slots the engine says are working; None where it does not tell, or not now."""
+        try:
+            return await self.config.engine.count_busy_slots()
+        except LlorchError:
+            return None
 
     async def wait(self, seconds: float) -> None:
         """Until the next probe is due, or something speaks for an earlier one."""

@@ -14,6 +14,9 @@ from llorch.service.submission import Submission
 SPECIAL_TOKENS = 8
 """Tokens that an engine may add to a raw prompt (begin of text, a prefix space): generous."""
 
+BYTES_PER_TOKEN = 4
+"""Of usual text and tokenizers, for want of a count."""
+
 UNREACHABLE = (WorkerReset, PoolUnready, DecodeTimeout)
 
 
@@ -63,6 +66,17 @@ async def check_prompt(prompt: Prompt, engine: Engine) -> Prompt:
                 details={"prompt_tokens": tokens, "max_tokens": prompt.max_tokens, "ctx": prompt.ctx},
             )
     return Prompt(text, (), prompt.max_tokens, prompt.ctx, tokens, is_checked=True)
+
+
+def estimated_tokens(prompt: Prompt) -> int:
+    """Tokens of the prompt as counted, or else one for each BYTES_PER_TOKEN of its UTF-8 form, rounded up."""
+    if prompt.tokens is not None:
+        return prompt.tokens
+    if prompt.text is not None:
+        size = len(prompt.text.encode())
+    else:
+        size = sum([len(message.content.encode()) for message in prompt.messages])
+    return -(-size // BYTES_PER_TOKEN)
 
 
 def fits_by_bytes(prompt: Prompt) -> bool:

@@ -23,7 +23,9 @@ class Record:
     """One accepted task: what was asked, what the scheduler makes of it, and its stream.
 
     `number` grows with acceptance over all routes, `queue_position` is the place at acceptance, `accepted_wall` in
-    seconds since the Unix epoch. `prompt` is given back when the task has ended.
+    seconds since the Unix epoch. `prompt` is given back when the task has ended. `replayed` tokens were made again by
+    the newest attempt, and not sent again. `told` is the place, the reason and the time of the predicted start that
+    readers of the waiting task heard last.
     """
 
     submission: Submission
@@ -36,11 +38,13 @@ class Record:
     number: int = 0
     task: Task | None = None
     queue_position: int = 0
+    backoff_ms: int | None = None
     acceptance: Acceptance | None = None
     placement: Placement | None = None
     completed: Completed | None = None
+    replayed: int = 0
     wait_reasons: list[WaitReason] = field(default_factory=list)
-    told_position: int | None = None
+    told: tuple[int, WaitReason, float | None] | None = None
 
     @property
     def key(self) -> TaskKey:

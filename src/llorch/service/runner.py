@@ -11,10 +11,11 @@ from dataclasses import replace
 
 from llorch.domain import events as ev
 from llorch.domain.task import Attempt, Fault
-from llorch.errors import DecodeTimeout, LlorchError
-from llorch.service.ports import Engine, Generation, Post
+from llorch.errors import DecodeTimeout, DeterminismViolation, LlorchError
+from llorch.service.ports import Completed, Engine, Generation, Post
 from llorch.service.prompts import check_prompt
 from llorch.service.records import Record
+from llorch.service.resumption import go_on, replay
 
 REPORT_TOKENS = 32
 REPORT_S = 0.5
@@ -34,7 +35,10 @@ class Runner:
             order = await self._order(record, attempt, engine)
             progress = _Progress(record, attempt, post)
             try:
-                record.completed = await engine.generate(order, record.stream.append_tokens)
+                record.completed = await _generate(engine, order, record)
+            except DeterminismViolation:
+                await engine.wait_released(attempt.slot)
+                raise
             finally:
                 progress.end()
         except asyncio.CancelledError:
@@ -48,6 +52,10 @@ class Runner:
         except LlorchError as error:
             return fault_of(error)
         return None
+
+    async def erase(self, replica_id: str, slot: int) -> bool:
+        """Make a replica forget the KV cache of an idle slot, where it can."""
+        return await self._engines[replica_id].erase(slot)
 
     async def _order(self, record: Record, attempt: Attempt, engine: Engine) -> Generation:
         """What to ask of the engine; a prompt that could not be checked at admission is checked now."""
@@ -63,6 +71,15 @@ class Runner:
             slot=attempt.slot,
             sampling=record.route.sampling.overridden_by(submission.sampling),
         )
+
+
+async def _generate(engine: Engine, order: Generation, record: Record) -> Completed:
+    """Run the order, or the rest of it when an earlier attempt was broken off after tokens of it were sent."""
+    if not record.stream.tokens:
+        return await engine.generate(order, record.stream.append_tokens)
+    if order.strict:
+        return await replay(engine, order, record)
+    return await go_on(engine, order, record)
 
 
 class _Progress:

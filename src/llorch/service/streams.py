@@ -108,16 +108,24 @@ class TaskStream:
         for reader in self._readers:
             reader.wake()
 
+    def texts(self) -> list[str]:
+        """The text of each token so far."""
+        tokens = [frame for frame in self.frames if b"\nevent: token\n" in frame]
+        return [_decode_token(frame[frame.index(b"data: ") + 6 :]).t for frame in tokens]
+
     def output(self) -> str:
         """The text of all tokens so far."""
-        tokens = (frame for frame in self.frames if b"\nevent: token\n" in frame)
-        return "".join(_decode_token(frame[frame.index(b"data: ") + 6 :]).t for frame in tokens)
+        return "".join(self.texts())
 
     def advise(self, event: str, data: Any) -> None:
         """Tell present readers something of the moment: no id, never replayed, only the newest is kept."""
+        self.advise_all([(event, data)])
+
+    def advise_all(self, frames: Iterable[tuple[str, Any]]) -> None:
+        """The same of several frames, which belong together."""
         if not self._readers or not self._gate_open:
             return
-        advice = b"event: %b\ndata: %b\n\n" % (event.encode(), _encode(data))
+        advice = b"".join(b"event: %b\ndata: %b\n\n" % (event.encode(), _encode(data)) for event, data in frames)
         for reader in self._readers:
             reader.advise(advice)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from llorch.domain.task import Fault, Priority, TaskState, WaitReason
+from llorch.domain.task import Budgets, Fault, Priority, TaskState, WaitReason
 from llorch.service.ports import NO_SAMPLING, Message, Sampling, Usage
 
 
@@ -37,7 +37,7 @@ class Submission(msgspec.Struct, frozen=True):
     expected_tokens: int | None = None
     kv_hint: str | None = None
     on_disconnect: str | None = None
-    has_budgets: bool = False
+    budgets: Budgets | None = None
     labels: Mapping[str, str] = msgspec.field(default_factory=dict)
 
 
@@ -50,6 +50,7 @@ class Acceptance(msgspec.Struct, frozen=True):
     queue_position: int
     predicted_start_ms: int | None = None
     backoff_ms: int | None = None
+    budgets: Budgets | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,7 @@ class Timeline:
     waited_ms: int
     wait_reasons: tuple[WaitReason, ...]
     attempts: int
+    preemptions: int = 0
 
 
 class Placement(msgspec.Struct, frozen=True):
@@ -95,6 +97,7 @@ class TaskView:
     timeline: Timeline
     placement: Placement | None
     queue_position: int | None
+    predicted_start_ms: int | None
     output: str | None
     finish_reason: str | None
     usage: Usage | None
@@ -111,3 +114,4 @@ class SessionView:
     turns_max: int
     kv_bytes: int | None = None
     kv_warmth: bool | None = None
+    budgets: Budgets | None = None

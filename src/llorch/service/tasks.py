@@ -8,10 +8,19 @@ from llorch.domain import events as ev
 from llorch.domain.task import Priority, TaskSpec, TaskState
 from llorch.errors import Conflict, InvalidParams, LlorchError, PayloadTooLarge, QuotaExceeded
 from llorch.service.dispatcher import Dispatcher
+from llorch.service.frames import predicted_ms
 from llorch.service.limits import Limits
+from llorch.service.patience import told
 from llorch.service.pools import Pools
 from llorch.service.ports import Clock
-from llorch.service.prompts import UNREACHABLE, Prompt, check_prompt, fits_by_bytes, unchecked_prompt
+from llorch.service.prompts import (
+    UNREACHABLE,
+    Prompt,
+    check_prompt,
+    estimated_tokens,
+    fits_by_bytes,
+    unchecked_prompt,
+)
 from llorch.service.records import Record
 from llorch.service.routes import Route
 from llorch.service.streams import OpenReaders, Reader
@@ -65,7 +74,7 @@ class Tasks:
         if isinstance(found, Acceptance):
             await self._dispatcher.commit()
             return found
-        return await self._dispatcher.submit(found, ev.TaskSubmitted(_spec_of(submission)))
+        return await self._dispatcher.submit(found, ev.TaskSubmitted(_spec_of(found)))
 
     async def _prepare(self, submission: Submission, correlation_id: str) -> Record:
         route = self._pools.routes.resolve(submission.model_ref, submission.engine, submission.workload)
@@ -137,7 +146,7 @@ class Tasks:
         reader = record.stream.join(after, on_leave)
         self._readers.add(reader, record.submission.tenant)
         self._dispatcher.post(route_id, ev.FollowerJoined(record.key))
-        self._dispatcher.advise(record)
+        self._dispatcher.advice.tell(record)
         return reader
 
     def _replay(self, submission: Submission) -> Acceptance | None:
@@ -150,8 +159,6 @@ class Tasks:
 
     def _check_wishes(self, submission: Submission, route: Route) -> None:
         """Refuse what this route or service can never do."""
-        if submission.has_budgets:
-            raise InvalidParams("this service keeps no session budgets", details={"field": "session_budgets"})
         if submission.max_tokens > self._limits.max_tokens:
             raise InvalidParams(
                 f"max_tokens {submission.max_tokens} is more than a transcript holds, {self._limits.max_tokens}",
@@ -195,8 +202,12 @@ class Tasks:
 
     def _view(self, record: Record) -> TaskView:
         task, submission = record.admitted, record.submission
-        is_queued = task.state is TaskState.QUEUED
-        queue = self._dispatcher.schedulers[record.route.route_id].queue
+        position = wait = None
+        if task.state is TaskState.QUEUED:
+            scheduler = self._dispatcher.schedulers[record.route.route_id]
+            record.note_wait(scheduler.wait_reason(task))
+            position = scheduler.queue.position(task)
+            wait, _ = scheduler.predict(task, self._dispatcher.now())
         completed = record.completed if task.state is TaskState.SUCCEEDED else None
         return TaskView(
             task_id=submission.task_id,
@@ -214,11 +225,12 @@ class Tasks:
             correlation_id=record.correlation_id,
             timeline=self._timeline(record),
             placement=record.placement,
-            queue_position=queue.position(task) if is_queued else None,
+            queue_position=position,
+            predicted_start_ms=predicted_ms(wait),
             output=record.stream.output() if task.state.is_final and not record.stream.is_gone else None,
             finish_reason=completed.finish_reason if completed else None,
             usage=completed.usage if completed else None,
-            fault=task.fault,
+            fault=None if task.fault is None else told(task.fault, submission.task_id),
         )
 
     def _timeline(self, record: Record) -> Timeline:
@@ -236,10 +248,13 @@ class Tasks:
             waited_ms=round((until - task.accepted_at) * 1000),
             wait_reasons=tuple(record.wait_reasons),
             attempts=task.attempts,
+            preemptions=task.preemptions,
         )
 
 
-def _spec_of(submission: Submission) -> TaskSpec:
+def _spec_of(record: Record) -> TaskSpec:
+    submission, prompt, sampling = record.submission, record.prompt, record.submission.sampling
+    assert prompt is not None
     unread = submission.on_disconnect or ("cancel" if submission.priority is Priority.INTERACTIVE else "continue")
     return TaskSpec(
         key=(submission.tenant, submission.task_id),
@@ -247,10 +262,14 @@ def _spec_of(submission: Submission) -> TaskSpec:
         priority=submission.priority,
         max_tokens=submission.max_tokens,
         expected_tokens=submission.expected_tokens or submission.max_tokens,
+        prompt_tokens=estimated_tokens(prompt),
         strict=submission.strict,
         deadline_s=None if submission.deadline_ms is None else submission.deadline_ms / 1000,
         abort_late=submission.abort_late,
         cancel_unread=unread == "cancel",
+        can_continue=sampling.grammar is None and sampling.json_schema is None,
+        wants_warm=submission.kv_hint != "cold",
+        budgets=submission.budgets,
     )
 
 

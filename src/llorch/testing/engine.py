@@ -44,7 +44,11 @@ class FakeGeneration:
     def send(self, *tokens: str) -> None:
         """Tokens that arrive together. After the end or a cancel a real engine would not; this one obeys the test."""
         self.sent += tokens
-        self._on_tokens(tokens)
+        try:
+            self._on_tokens(tokens)
+        except Exception as error:  # noqa: BLE001 (raised again by run)
+            if not self._end.done():
+                self.fail(error)
 
     def finish(self, reason: str = "length") -> None:
         """The engine's last word."""
@@ -67,15 +71,22 @@ class FakeEnginePort:
     """One replica. With `answer` every generation gives these tokens at once; without, it waits for the test.
 
     `releasing`, `counting` and `probing` are gates before wait_released, the tokenizer and the health check. A fault
-    set as `health`, `tokenizer` or `start` is raised there. `count` counts the tokens of a text.
+    set as `health`, `tokenizer` or `start` is raised there. `count` counts the tokens of a text. `foreign` slots work
+    for somebody else, None: it does not tell. `erased` are the slots whose cache was forgotten, unless `can_erase` not.
     """
+
+    can_interrupt = True
 
     def __init__(self, *, slots: int | None = 1, ctx: int | None = 4096, answer: Sequence[str] | None = None) -> None:
         self.facts = EngineFacts(slots, ctx, engine_version="v1", model_digest="sha256:aa", model_name="m")
         self.answer = answer
         self.generations: list[FakeGeneration] = []
         self.released: list[int] = []
+        self.erased: list[int] = []
+        self.can_erase = True
+        self.foreign: int | None = 0
         self.probes = 0
+        self.readings = 0
         self.is_closed = False
         self.count: Callable[[str], int] = lambda text: len(text.split())
         self.health: Exception | None = None
@@ -112,6 +123,7 @@ class FakeEnginePort:
 
     async def read_facts(self) -> EngineFacts:
         """Whatever `facts` is."""
+        self.readings += 1
         return self.facts
 
     async def wait_released(self, slot: int) -> None:
@@ -120,8 +132,16 @@ class FakeEnginePort:
         self.released.append(slot)
 
     async def count_busy_slots(self) -> int | None:
-        """Generations that are not closed."""
-        return sum(not generation.is_closed for generation in self.generations)
+        """Generations that are not closed, and foreign ones."""
+        if self.foreign is None:
+            return None
+        return self.foreign + sum(not generation.is_closed for generation in self.generations)
+
+    async def erase(self, slot: int) -> bool:
+        """Note the slot, if it can."""
+        if self.can_erase:
+            self.erased.append(slot)
+        return self.can_erase
 
     async def count_tokens(self, text: str) -> int:
         """As `count` says, behind the gate `counting`."""

@@ -5,6 +5,7 @@ formatting bytes, because benchmarks measure what stands between this engine and
 """
 
 import hashlib
+import re
 import time
 import zlib
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ import msgspec
 
 BATCH_TOKENS: Final = 64
 SEED_RANDOM: Final = 4294967295
+_WANTED: Final = re.compile(r"<out:(\d{1,9})>")
 
 WORDS: Final = tuple(
     (
@@ -80,6 +82,18 @@ class Encoder(Protocol):
 def tokenize(text: str) -> list[int]:
     """Ids of the tokens of a text: one per word."""
     return [zlib.crc32(word.encode("utf-8", "surrogatepass")) % 49152 for word in text.split()]
+
+
+def wanted_tokens(prompt: str) -> tuple[str, int, int | None]:
+    """The prompt as it was asked first, how many tokens of the answer it has already, and how many it shall have.
+
+    A prompt that ends in ` <out:N>` wants N tokens. What follows the mark is the beginning of the answer: a task that
+    was broken off goes on from there, with the tokens that it would have had.
+    """
+    found = _WANTED.search(prompt)
+    if found is None:
+        return prompt, 0, None
+    return prompt[: found.end()], len(prompt[found.end() :].split()), int(found[1])
 
 
 def make_tokens(prompt: str, seed: int, count: int) -> list[str]:

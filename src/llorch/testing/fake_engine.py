@@ -27,6 +27,15 @@ from llorch.testing.fake_generation import Faults, Run, Seen
 __all__ = ["FakeEngine", "Faults", "Seen"]
 
 _RECORDS_MAX: Final = 50_000
+_SETTABLE: Final = (
+    "token_interval_s",
+    "tokens_per_segment",
+    "prefill_interval_s",
+    "overhead_s",
+    "prefill_token_s",
+    "decode_token_s",
+    "can_erase",
+)
 _ACCEPT_PASSES: Final = 4
 """Passes of the event loop after which a connection that was accepted has told its protocol so; asyncio forgets one
 whose server is closed meanwhile."""
@@ -35,8 +44,10 @@ whose server is closed meanwhile."""
 class FakeEngine:
     """A server on 127.0.0.1 with `slots` slots that sends a token every `token_interval_s` seconds (0: at once).
 
-    Use it with `async with`. `prefill_interval_s` is the time per 64 prompt tokens, `keep_alive_s` how long an idle
-    connection is kept.
+    Use it with `async with`. `tokens_per_segment` tokens are sent together. `prefill_interval_s` is the time per 64
+    prompt tokens, `keep_alive_s` how long an idle connection is kept. Or it has the rates of a modelled engine: a
+    generation takes `overhead_s + prefill_token_s * prompt tokens + decode_token_s * tokens`, its segments coming when
+    their last token is due. A prompt says how long its answer shall be: see `fake_dialects.wanted_tokens`.
     """
 
     def __init__(
@@ -47,9 +58,13 @@ class FakeEngine:
         token_interval_s: float = 0.0,
         tokens_per_segment: int = 1,
         prefill_interval_s: float = 0.0,
+        overhead_s: float = 0.0,
+        prefill_token_s: float = 0.0,
+        decode_token_s: float = 0.0,
         keep_alive_s: float = 5.0,
         model: str = "fake",
         api_key: str | None = None,
+        can_erase: bool = True,
         speaks: tuple[str, ...] = ("llamacpp", "openai"),
     ) -> None:
         self.slots = slots
@@ -57,10 +72,15 @@ class FakeEngine:
         self.token_interval_s = token_interval_s
         self.tokens_per_segment = tokens_per_segment
         self.prefill_interval_s = prefill_interval_s
+        self.overhead_s = overhead_s
+        self.prefill_token_s = prefill_token_s
+        self.decode_token_s = decode_token_s
         self.keep_alive_s = keep_alive_s
         self.model = model
         self.api_key = api_key
         self.speaks = speaks
+        self.can_erase = can_erase
+        self.erased: deque[int] = deque(maxlen=_RECORDS_MAX)
         self.faults = Faults()
         self.seen: deque[Seen] = deque(maxlen=_RECORDS_MAX)
         self.max_running = 0
@@ -130,8 +150,10 @@ class FakeEngine:
         return self.seen[-1]
 
     def expected_tokens(self, prompt: str, seed: int, count: int) -> list[str]:
-        """The tokens that a generation has to give."""
-        return dialects.make_tokens(prompt, seed, count)
+        """The tokens that a generation has to give, at most `count`."""
+        asked, done, wanted = dialects.wanted_tokens(prompt)
+        most = count if wanted is None else min(count, max(0, wanted - done))
+        return dialects.make_tokens(asked, seed, done + most)[done:]
 
     def release(self, tokens: int, *, generation: int | None = None) -> None:
         """Let held generations send that many more tokens: all that run, or the one with that id."""
@@ -244,6 +266,8 @@ class FakeEngine:
             raise Refused(401, {"error": {"message": "Invalid API Key", "type": "authentication_error", "code": 401}})
         if request.method == "GET":
             self._get(connection, path)
+        elif request.method == "POST" and request.query == "action=erase" and "llamacpp" in self.speaks:
+            self._erase(connection, path.removeprefix("/slots/"))
         elif request.method == "POST":
             self._post(connection, path, _decode(request.body))
         else:
@@ -277,6 +301,16 @@ class FakeEngine:
             "build_info": "b0-unknown",
         }
 
+    def _erase(self, connection: FakeConnection, slot: str) -> None:
+        """Forget the KV cache of a slot, as llama.cpp does when it was given a place for saved slots."""
+        if not self.can_erase:
+            fault = {"message": "This server does not support slots", "type": "not_supported_error", "code": 501}
+            raise Refused(501, {"error": fault})
+        if not slot.isdecimal() or int(slot) >= self.slots:
+            raise dialects.refuse_llamacpp("Invalid slot ID")
+        self.erased.append(int(slot))
+        connection.answer(200, {"id_slot": int(slot), "n_erased": 0})
+
     def _post(self, connection: FakeConnection, path: str, body: Mapping[str, Any]) -> None:
         is_native = "llamacpp" in self.speaks
         if path == "/tokenize" and is_native:
@@ -300,14 +334,18 @@ class FakeEngine:
     # What the admin path does.
 
     def command(self, body: Mapping[str, Any]) -> None:
-        """Perform what `POST /_fake` asks: `reset`, `set` (fields of Faults), `release` (tokens), `drop_idle`."""
+        """Perform what `POST /_fake` asks: `reset`, `set` (fields of Faults), `release` (tokens), `drop_idle`.
+
+        Fields of the engine, rates above all, are set by their names.
+        """
         if body.get("reset"):
             self.seen.clear()
+            self.erased.clear()
             self.max_running = self.running
             self.faults = Faults()
         if "set" in body:
             self.faults = msgspec.convert({**dataclasses.asdict(self.faults), **body["set"]}, Faults)
-        for name in ("token_interval_s", "tokens_per_segment", "prefill_interval_s"):
+        for name in _SETTABLE:
             if name in body:
                 setattr(self, name, body[name])
         if "release" in body:
@@ -328,6 +366,7 @@ class FakeEngine:
             "connections": len(self.connections),
             "connections_made": self.connections_made,
             "idle_closed": self.idle_closed,
+            "erased": list(self.erased),
             "now": asyncio.get_running_loop().time(),
         }
         if with_requests:
@@ -365,6 +404,10 @@ def _parse(arguments: list[str]) -> _Settings:
     parser.add_argument("--token-interval-ms", type=float, default=0.0)
     parser.add_argument("--tokens-per-segment", type=int, default=1)
     parser.add_argument("--prefill-interval-ms", type=float, default=0.0, help="per 64 prompt tokens")
+    parser.add_argument("--overhead-ms", type=float, default=0.0, help="per generation")
+    parser.add_argument("--prefill-token-ms", type=float, default=0.0, help="per prompt token")
+    parser.add_argument("--decode-token-ms", type=float, default=0.0, help="per token")
+    parser.add_argument("--can-erase", type=int, choices=(0, 1), default=1, help="whether slots can be erased")
     parser.add_argument("--model", default="fake")
     parser.add_argument("--api-key", default=None)
     parser.add_argument("--dialects", default="llamacpp,openai")
@@ -378,6 +421,10 @@ def _parse(arguments: list[str]) -> _Settings:
             "token_interval_s": options.token_interval_ms / 1000,
             "tokens_per_segment": options.tokens_per_segment,
             "prefill_interval_s": options.prefill_interval_ms / 1000,
+            "overhead_s": options.overhead_ms / 1000,
+            "prefill_token_s": options.prefill_token_ms / 1000,
+            "decode_token_s": options.decode_token_ms / 1000,
+            "can_erase": bool(options.can_erase),
             "model": options.model,
             "api_key": options.api_key,
             "speaks": tuple(options.dialects.split(",")),

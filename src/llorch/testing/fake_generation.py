@@ -74,6 +74,9 @@ class Host(Protocol):
     token_interval_s: float
     tokens_per_segment: int
     prefill_interval_s: float
+    overhead_s: float
+    prefill_token_s: float
+    decode_token_s: float
 
     def free(self, run: "Run") -> None:
         """The run's slot, or its place in line, is free again."""
@@ -158,8 +161,15 @@ class Run:
             return
         if self._order.stream and self._connection is not None:
             self._connection.send_head(200, "text/event-stream", chunked=True)
+        engine = self._engine
         self._due = self._loop.time()
-        self._prefill(0)
+        work_s = engine.overhead_s + engine.prefill_token_s * self._prompt_tokens
+        if work_s > 0:
+            self._report_prefill(0)
+            self._due += work_s
+            self._timer = self._loop.call_at(self._due, self._prefill, self._prompt_tokens)
+        else:
+            self._prefill(0)
 
     def release(self, tokens: int) -> None:
         """Send that many tokens of a held generation."""
@@ -195,10 +205,13 @@ class Run:
         order = self._order
         if not self._prompt_tokens:
             return [], "none"
-        room = max(self._engine.ctx - self._prompt_tokens, 1)
-        tokens = dialects.make_tokens(order.prompt, order.seed, min(order.max_tokens, room))
+        prompt, done, wanted = dialects.wanted_tokens(order.prompt)
+        count = min(order.max_tokens, max(self._engine.ctx - self._prompt_tokens, 1))
+        tokens = dialects.make_tokens(prompt, order.seed, done + count)[done:]
         finish = "limit"
         eos = self._faults.eos_after
+        if eos is None and wanted is not None:
+            eos = max(0, wanted - done)
         if eos is not None and eos < len(tokens):
             tokens, finish = tokens[:eos], "eos"
         if order.stop:
@@ -211,16 +224,26 @@ class Run:
         self._timer = None
         total = self._prompt_tokens
         while True:
-            if self._order.return_progress and self._order.stream:
-                self._write(self._encoder.progress(total, min(processed, total)))
+            self._report_prefill(min(processed, total))
             if processed >= total:
                 break
             processed += dialects.BATCH_TOKENS
             if self._engine.prefill_interval_s > 0:
-                self._timer = self._loop.call_later(self._engine.prefill_interval_s, self._prefill, processed)
+                self._due += self._engine.prefill_interval_s
+                self._timer = self._loop.call_at(self._due, self._prefill, processed)
                 return
-        self._due = self._loop.time() + self._engine.token_interval_s
+        self._due += self._segment_s()
         self._schedule()
+
+    def _report_prefill(self, processed: int) -> None:
+        if self._order.return_progress and self._order.stream:
+            self._write(self._encoder.progress(self._prompt_tokens, processed))
+
+    def _segment_s(self) -> float:
+        """How long the tokens that are sent together next take."""
+        engine = self._engine
+        count = min(engine.tokens_per_segment, len(self._tokens) - self.seen.tokens_sent)
+        return engine.token_interval_s + engine.decode_token_s * count
 
     def _schedule(self) -> None:
         """Set the timer for the next token, if it may be sent."""
@@ -228,7 +251,7 @@ class Run:
             if self._credit <= 0 and self.seen.tokens_sent < len(self._tokens):
                 return
             self._timer = self._loop.call_soon(self._step)
-        elif self._engine.token_interval_s > 0:
+        elif self._engine.token_interval_s > 0 or self._engine.decode_token_s > 0:
             self._timer = self._loop.call_at(self._due, self._step)
         elif self._connection is None or not self._connection.is_full:
             self._timer = self._loop.call_soon(self._step)
@@ -251,7 +274,7 @@ class Run:
         if seen.tokens_sent >= len(self._tokens):
             self._complete()
             return
-        self._due += engine.token_interval_s
+        self._due += self._segment_s()
         self._schedule()
         engine.changed()
 

@@ -6,9 +6,22 @@ import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
+from llorch.adapters.http import HttpClient
+
 COMPLETION = json.dumps({"prompt": "a b c", "n_predict": 5, "stream": True, "seed": 1}).encode()
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def count_open(client: HttpClient) -> int:
+    """Connections of the client that stand, idle ones included."""
+    return len(client._open)
+
+
+def count_idle(client: HttpClient) -> int:
+    """Connections of the client that wait for another request."""
+    return len(client._idle)
+
 
 Script = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 

@@ -8,7 +8,16 @@ from llorch.adapters.connections import HIGH_WATER_BYTES, idle_lifetime_s
 from llorch.adapters.http import HttpClient, Timeouts
 from llorch.errors import Canceled, DecodeTimeout, WorkerReset
 from llorch.testing.fake_engine import FakeEngine, Faults
-from tests.unit.adapters.scripted import CHUNKED, COMPLETION, OK, answers, scripted, until_closed
+from tests.unit.adapters.scripted import (
+    CHUNKED,
+    COMPLETION,
+    OK,
+    answers,
+    count_idle,
+    count_open,
+    scripted,
+    until_closed,
+)
 
 
 async def test_everything_that_arrived_together_is_one_item() -> None:
@@ -92,7 +101,7 @@ async def test_answer_that_is_not_http_is_worker_reset(garbage: bytes) -> None:
         client = HttpClient(url)
         with pytest.raises(WorkerReset):
             await client.request("GET", "/")
-        assert client.open_connections == 0
+        assert count_open(client) == 0
         await client.aclose()
 
 
@@ -119,7 +128,7 @@ async def test_body_without_length_ends_with_the_connection() -> None:
     async with scripted(answers(b"HTTP/1.1 200 OK\r\n\r\nall", b" of it")) as url:
         client = HttpClient(url)
         assert (await client.request("GET", "/")).body == b"all of it"
-        assert client.idle_connections == 0
+        assert count_idle(client) == 0
         await client.aclose()
 
 
@@ -135,7 +144,7 @@ async def test_data_after_the_answer_leave_it_whole_and_close_the_connection() -
     async with scripted(answers(OK + OK)) as url:
         client = HttpClient(url)
         assert (await client.request("GET", "/")).body == b"ok"
-        assert client.idle_connections == 0
+        assert count_idle(client) == 0
         await client.aclose()
 
 
@@ -144,7 +153,7 @@ async def test_connection_close_is_obeyed() -> None:
     async with scripted(answers(head)) as url:
         client = HttpClient(url)
         assert (await client.request("GET", "/")).body == b"ok"
-        assert client.idle_connections == 0
+        assert count_idle(client) == 0
         await client.aclose()
 
 
@@ -198,11 +207,11 @@ async def test_answer_that_nobody_consumes_any_more_returns_its_connection() -> 
         assert await anext(response) == b"hi"
         response.let_finish()
         await response.aclose()
-        assert (client.open_connections, client.idle_connections) == (1, 0)
+        assert (count_open(client), count_idle(client)) == (1, 0)
         is_taken.set()
         async with asyncio.timeout(5):
             await is_ended.wait()
-            while not client.idle_connections:  # noqa: ASYNC110 (the client tells nobody)
+            while not count_idle(client):  # noqa: ASYNC110 (the client tells nobody)
                 await asyncio.sleep(0)
         assert (await client.request("GET", "/")).body == b"ok"
         await client.aclose()
@@ -223,5 +232,5 @@ async def test_answer_that_nobody_consumes_and_that_does_not_end_is_closed() -> 
         response.let_finish()
         async with asyncio.timeout(5):
             await closed.wait()
-        assert client.open_connections == 0
+        assert count_open(client) == 0
         await client.aclose()

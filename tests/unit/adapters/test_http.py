@@ -9,7 +9,16 @@ import pytest
 from llorch.adapters.http import HttpClient, Timeouts
 from llorch.errors import ConfigError, DecodeTimeout, WorkerReset
 from llorch.testing.fake_engine import FakeEngine, Faults
-from tests.unit.adapters.scripted import CHUNKED, COMPLETION, OK, answers, scripted, until_closed
+from tests.unit.adapters.scripted import (
+    CHUNKED,
+    COMPLETION,
+    OK,
+    answers,
+    count_idle,
+    count_open,
+    scripted,
+    until_closed,
+)
 
 CERTIFICATE = Path(__file__).with_name("localhost.pem")
 """Certificate and key of 127.0.0.1, self-signed, made for this test and good for nothing else."""
@@ -22,7 +31,7 @@ async def test_whole_answer_is_returned_and_its_connection_reused() -> None:
             answer = await client.request("GET", "/health")
             assert (answer.status, answer.body) == (200, b'{"status":"ok"}')
         assert fake.connections_made == 1
-        assert client.idle_connections == 1
+        assert count_idle(client) == 1
         await client.aclose()
         await fake.wait_until(lambda: not fake.connections)
 
@@ -37,7 +46,7 @@ async def test_parallel_requests_have_connections_of_their_own() -> None:
         for each in streams:
             response = await each
             assert [chunk async for chunk in response]
-        assert client.open_connections == client.idle_connections == 8
+        assert count_open(client) == count_idle(client) == 8
         await client.aclose()
 
 
@@ -47,7 +56,7 @@ async def test_closing_an_unfinished_answer_closes_the_connection_at_once() -> N
         client = HttpClient(fake.url)
         response = await client.stream("POST", "/completion", COMPLETION)
         await response.aclose()
-        assert client.open_connections == 0
+        assert count_open(client) == 0
         await fake.wait_until(lambda: len(fake.cancelled) == 1)
         await client.aclose()
 
@@ -58,10 +67,10 @@ async def test_closing_a_finished_answer_keeps_the_connection() -> None:
         response = await client.stream("POST", "/completion", COMPLETION)
         assert [chunk async for chunk in response]
         await response.aclose()
-        assert client.idle_connections == 1
+        assert count_idle(client) == 1
         assert (await client.request("GET", "/health")).status == 200
         await response.aclose()
-        assert client.idle_connections == 1
+        assert count_idle(client) == 1
         await client.aclose()
 
 
@@ -92,7 +101,7 @@ async def test_cancelled_consumer_leaks_no_connection_peer_bug_05(stage: str) ->
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert client.open_connections == 0
+        assert count_open(client) == 0
         await fake.wait_until(lambda: fake.running == 0 and not fake.connections)
         await client.aclose()
 
@@ -101,10 +110,10 @@ async def test_idle_connection_is_dropped_before_the_engine_does_it() -> None:
     async with FakeEngine(keep_alive_s=1.0) as fake:
         client = HttpClient(fake.url)
         await client.request("GET", "/health")
-        assert client.idle_connections == 1
+        assert count_idle(client) == 1
         await fake.wait_until(lambda: not fake.connections)
         assert fake.idle_closed == 0
-        assert client.open_connections == client.idle_connections == 0
+        assert count_open(client) == count_idle(client) == 0
         await client.aclose()
 
 
@@ -170,7 +179,7 @@ async def test_engine_that_does_not_begin_in_time_is_decode_timeout() -> None:
             await client.stream("POST", "/", b"{}")
         with pytest.raises(DecodeTimeout, match="did not begin"):
             await client.request("GET", "/")
-        assert client.open_connections == 0
+        assert count_open(client) == 0
         await client.aclose()
 
 
@@ -191,7 +200,7 @@ async def test_connection_reset_as_soon_as_it_stands_is_worker_reset() -> None:
         client = HttpClient(fake.url)
         with pytest.raises(WorkerReset):
             await client.request("GET", "/health")
-        assert client.open_connections == 0
+        assert count_open(client) == 0
         await client.aclose()
 
 
@@ -201,7 +210,7 @@ async def test_ordinary_answer_is_bounded(monkeypatch: pytest.MonkeyPatch) -> No
         client = HttpClient(url)
         with pytest.raises(WorkerReset, match="larger than the 1000 bytes"):
             await client.request("GET", "/")
-        assert client.open_connections == 0
+        assert count_open(client) == 0
         await client.aclose()
 
 

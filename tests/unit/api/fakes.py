@@ -12,8 +12,9 @@ from starlette.types import ASGIApp
 from llorch.api.asgi import build_api
 from llorch.api.auth import KeyRecord, new_key
 from llorch.api.protocol import Protocol
+from llorch.domain.policy import FullPolicy
 from llorch.domain.pool import ReplicaState
-from llorch.domain.task import Cohort, Priority, TaskState, WaitReason
+from llorch.domain.task import Budgets, Cohort, Priority, TaskState, WaitReason
 from llorch.errors import NotFound
 from llorch.service.inventory import Fact, LastError, PoolView, ReplicaHealth, ReplicaSetView
 from llorch.service.limits import Limits
@@ -60,6 +61,7 @@ def pool(*replicas: ReplicaHealth, notice: str | None = "CPU demonstration") -> 
         allow_cpu=True,
         notice=notice,
         capacity={Priority.INTERACTIVE: 64, Priority.BATCH: 32},
+        full_policy=dict.fromkeys(Priority, FullPolicy.REJECT),
         depth={Priority.INTERACTIVE: 3, Priority.BATCH: 0},
         is_draining=False,
         replicas=replicas,
@@ -84,6 +86,7 @@ def task_view(state: TaskState = TaskState.RUNNING, **changes: object) -> TaskVi
         "timeline": Timeline(1763871900.123, 1763871900.363, None, None, 240, (WaitReason.SLOTS_BUSY,), 2),
         "placement": Placement("small", "small/0", 71, None, None),
         "queue_position": None,
+        "predicted_start_ms": None,
         "output": None,
         "finish_reason": None,
         "usage": None,
@@ -108,13 +111,14 @@ class FakeTasks:
         self.left = 0
         self.on_leave: Callable[[], None] = lambda: None
         self.failure: Exception | None = None
+        self.budgets: Budgets | None = None
 
     async def submit(self, submission: Submission, correlation_id: str) -> Acceptance:
         if self.failure is not None:
             raise self.failure
         self.submissions.append(submission)
         self.correlation_ids.append(correlation_id)
-        return Acceptance(submission.task_id, submission.session_id, TaskState.QUEUED, 3)
+        return Acceptance(submission.task_id, submission.session_id, TaskState.QUEUED, 3, budgets=self.budgets)
 
     async def cancel(self, tenant: str, task_id: str) -> None:
         self.canceled.append((tenant, task_id))

@@ -3,7 +3,7 @@
 from pydantic import BaseModel
 
 from llorch.domain.pool import ReplicaState
-from llorch.domain.task import TaskState
+from llorch.domain.task import Budgets, TaskState
 from llorch_contract import models
 from tests.unit.api.conftest import Client
 from tests.unit.api.fakes import SESSION, TASK, pool, replica
@@ -35,6 +35,18 @@ async def test_submit_answers_with_the_ids_that_were_made(client: Client) -> Non
     assert response.status_code == 202
     assert (accepted.task_id, accepted.session_id) == (submission.task_id, submission.session_id)
     assert (submission.tenant, accepted.queue_position, accepted.backoff_ms) == ("tenant-admin", 3, None)
+
+
+async def test_submit_answers_with_the_budgets_that_are_left_and_their_headers(client: Client) -> None:
+    """ORCH-3099."""
+    body = {"model_ref": "smol", "prompt": "x"}
+    assert not [name for name in (await client.post("/v1/tasks", json=body)).headers if name.startswith("x-budget")]
+    client.edge.tasks.budgets = Budgets(18211, 41.2, None)
+    response = await client.post("/v1/tasks", json=body)
+    accepted = models.TaskAccepted.model_validate_json(response.content)
+    assert accepted.budgets == models.BudgetsRemaining(tokens=18211, time_ms=41200, cost=None)
+    told = {name: value for name, value in response.headers.items() if name.startswith("x-budget")}
+    assert told == {"x-budget-tokens-remaining": "18211", "x-budget-time-remaining-ms": "41200"}
 
 
 async def test_list_is_narrowed_as_asked(client: Client) -> None:

@@ -1,13 +1,14 @@
 """From the wire to submissions and back; the digest that idempotency stands on (ORCH-2001, ORCH-2009, ORCH-2010)."""
 
+import dataclasses
 import json
 from typing import Any
 from uuid import RFC_4122, UUID
 
 import pytest
 
-from llorch.api.mapping import digest_of, timestamp, to_accepted, to_session, to_submission, to_summary, to_task
-from llorch.domain.task import Fault, Priority, TaskState
+from llorch.api.mapping import budget_headers, timestamp, to_accepted, to_session, to_submission, to_summary, to_task
+from llorch.domain.task import Budgets, Fault, Priority, TaskState
 from llorch.errors import Canceled, InvalidParams
 from llorch.service.ports import Message, Sampling, Usage
 from llorch.service.submission import Acceptance, SessionView
@@ -43,7 +44,7 @@ def request(body: dict[str, Any]) -> models.TaskRequest:
 
 
 def digest(body: dict[str, Any]) -> bytes:
-    return digest_of(request(body))
+    return to_submission(request(body), "team").digest
 
 
 def test_full_body_becomes_a_submission_field_by_field() -> None:
@@ -57,7 +58,7 @@ def test_full_body_becomes_a_submission_field_by_field() -> None:
     assert (submission.deadline_ms, submission.abort_late, submission.strict) == (30000, True, True)
     assert submission.sampling == Sampling(1.0, 0.9, 40, ("\n\n",), 'root ::= "a"', None)
     assert (submission.kv_hint, submission.on_disconnect) == ("cold", "continue")
-    assert (submission.labels, submission.has_budgets) == ({"a": "1", "b": "2"}, False)
+    assert (submission.labels, submission.budgets) == ({"a": "1", "b": "2"}, None)
 
 
 def test_what_the_client_left_out_is_unknown_and_ids_are_made() -> None:
@@ -72,8 +73,33 @@ def test_what_the_client_left_out_is_unknown_and_ids_are_made() -> None:
     assert {(UUID(each).version, UUID(each).variant) for each in made} == {(4, RFC_4122)}
 
 
-def test_session_budgets_are_noticed() -> None:
-    assert to_submission(request(LEAST | {"session_budgets": {"tokens": 5}}), "team").has_budgets
+@pytest.mark.parametrize(
+    ("asked", "budgets"),
+    [
+        ({"tokens": 5}, Budgets(5, None, None)),
+        ({"time_ms": 1500}, Budgets(None, 1.5, None)),
+        ({"tokens": 5, "cost": 0.25}, Budgets(5, None, 0.25)),
+    ],
+)
+def test_session_budgets_are_taken_over_and_what_is_left_out_is_unlimited(
+    asked: dict[str, Any], budgets: Budgets
+) -> None:
+    """ORCH-3099."""
+    assert to_submission(request(LEAST | {"session_budgets": asked}), "team").budgets == budgets
+
+
+def test_budgets_that_are_left_are_in_the_answer_and_in_headers_those_that_are_set() -> None:
+    """ORCH-3099."""
+    acceptance = Acceptance(TASK, SESSION, TaskState.QUEUED, 3, 1840, 620, Budgets(18211, 41.2, None))
+    told = to_accepted(acceptance)
+    assert (told.predicted_start_ms, told.backoff_ms) == (1840, 620)
+    assert told.budgets == models.BudgetsRemaining(tokens=18211, time_ms=41200, cost=None)
+    assert budget_headers(acceptance.budgets) == {
+        "X-Budget-Tokens-Remaining": "18211",
+        "X-Budget-Time-Remaining-Ms": "41200",
+    }
+    assert budget_headers(Budgets(cost=0.5)) == {"X-Budget-Cost-Remaining": "0.5"}
+    assert (budget_headers(None), to_accepted(Acceptance(TASK, SESSION, TaskState.QUEUED, 3)).budgets) == ({}, None)
 
 
 def test_json_schema_is_handed_on_as_it_is() -> None:
@@ -107,7 +133,7 @@ def test_digest_does_not_depend_on_spelling(same: dict[str, Any]) -> None:
 def test_digest_does_not_depend_on_whitespace_or_escapes() -> None:
     compact = models.TaskRequest.model_validate_json(b'{"model_ref":"smol","prompt":"\\u00e9"}')
     spaced = models.TaskRequest.model_validate_json('{ "prompt" : "é",\n "model_ref" : "smol" }'.encode())
-    assert digest_of(compact) == digest_of(spaced)
+    assert to_submission(compact, "team").digest == to_submission(spaced, "team").digest
 
 
 def test_digest_of_a_default_given_is_that_of_a_default_left_out() -> None:
@@ -192,6 +218,7 @@ def test_acceptance_tells_what_is_known() -> None:
         "queue_position": 3,
         "predicted_start_ms": None,
         "backoff_ms": None,
+        "budgets": None,
     }
 
 
@@ -203,6 +230,19 @@ def test_running_task_shows_its_timeline_and_no_output_yet() -> None:
     assert task.placement is not None
     assert (task.placement.replica_id, task.placement.attempt) == ("small/0", 2)
     assert (task.output, task.usage, task.error, task.finish_reason) == (None, None, None, None)
+
+
+def test_waiting_task_shows_its_predicted_start_and_how_often_it_made_room() -> None:
+    """ORCH-3029, ORCH-3086."""
+    timeline = dataclasses.replace(task_view().timeline, preemptions=2)
+    task = to_task(task_view(TaskState.QUEUED, predicted_start_ms=1600, timeline=timeline))
+    assert (task.predicted_start_ms, task.timeline.preemptions) == (1600, 2)
+
+
+def test_session_shows_its_budgets_and_its_cache() -> None:
+    session = to_session(SessionView(SESSION, 1000, 1, 8, kv_warmth=True, budgets=Budgets(18211, 41.2, None)))
+    assert session.kv_warmth is True
+    assert session.budgets == models.BudgetsRemaining(tokens=18211, time_ms=41200, cost=None)
 
 
 def test_succeeded_task_shows_output_usage_and_reason() -> None:

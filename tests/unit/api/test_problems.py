@@ -52,8 +52,14 @@ def test_statuses_are_those_of_the_spec() -> None:
         413: {errors.PayloadTooLarge},
         415: {errors.UnsupportedMediaType},
         422: {errors.InvalidParams, errors.DeadlineUnmet},
-        429: {errors.AdmissionReject, errors.QuotaExceeded, errors.BudgetExhausted},
-        500: {errors.LlorchError, errors.Internal, errors.ConfigError, errors.LaunchError},
+        429: {errors.AdmissionReject, errors.QueueFullDropLru, errors.QuotaExceeded, errors.BudgetExhausted},
+        500: {
+            errors.LlorchError,
+            errors.Internal,
+            errors.ConfigError,
+            errors.LaunchError,
+            errors.DeterminismViolation,
+        },
         503: {
             errors.PoolUnready,
             errors.PoolUnavailable,

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 
 from llorch.domain import events as ev
 from llorch.domain.ledger import Ledger
+from llorch.domain.policy import NO_QUOTA, Order, Quota, RoutePolicy
 from llorch.domain.pool import Replica, ReplicaState
-from llorch.domain.task import Cohort, Fault, Need, Priority, Task, TaskKey, TaskState
+from llorch.domain.task import Attempt, Cohort, Fault, Need, Priority, Task, TaskKey, TaskState
 from llorch.errors import DecodeTimeout, LlorchError, PoolUnready, WorkerReset
 
 RETRIED: tuple[type[LlorchError], ...] = (WorkerReset, PoolUnready)
@@ -26,13 +27,15 @@ class Run:
     slot: int
     has_token: bool = False
     is_aborted: bool = False
+    is_preempted: bool = False
 
 
 @dataclass
 class Model:
     """The world as the events and commands so far tell it."""
 
-    capacity: dict[Priority, int]
+    policy: RoutePolicy
+    quotas: dict[str, Quota] = field(default_factory=dict)
     replicas: dict[str, Replica] = field(default_factory=dict)
     live: dict[TaskKey, Task] = field(default_factory=dict)
     waiting: dict[TaskKey, Task] = field(default_factory=dict)
@@ -41,6 +44,7 @@ class Model:
     pins: dict[int, Cohort] = field(default_factory=dict)
     admitted: list[Task] = field(default_factory=list)
     finishes: Counter[int] = field(default_factory=Counter)
+    preemptions: Counter[int] = field(default_factory=Counter)
     is_closing: bool = False
 
     # Events, before the scheduler has handled them
@@ -73,64 +77,95 @@ class Model:
         """Object to what must not be said, and take over the rest."""
         for command in commands:
             match command:
-                case ev.Admit(task, position):
-                    self._admit(event, task, position)
+                case ev.Admit(task, position, _):
+                    self._admit(event, task, position, len(commands))
                 case ev.Reject(key, _):
                     assert isinstance(event, ev.TaskSubmitted)
                     assert event.spec.key == key
                 case ev.Start(task, attempt):
-                    self._start(task, attempt.attempt_id, attempt.replica_id, attempt.slot, now)
+                    self._start(task, attempt, now)
                 case ev.Requeue(task, fault):
                     self._requeue(event, task, fault)
                 case ev.Finish(task):
                     self._finish(task)
                 case ev.Abort(attempt):
-                    run = self.runs[attempt.attempt_id]
-                    assert not run.is_aborted, "aborted twice"
-                    assert self.finishes[run.task.order] == 1, "aborted, but the task has not ended"
-                    run.is_aborted = True
+                    self._abort(attempt)
 
-    def _admit(self, event: ev.Event, task: Task, position: int) -> None:
+    def _abort(self, attempt: Attempt) -> None:
+        run = self.runs[attempt.attempt_id]
+        assert not run.is_aborted, "aborted twice"
+        run.is_aborted = True
+        if attempt.is_preempted:
+            self._preempt(run)
+        else:
+            assert self.finishes[run.task.order] == 1, "aborted, but the task has not ended"
+
+    def _preempt(self, run: Run) -> None:
+        """ORCH-3085..3087."""
+        run.is_preempted = True
+        policy, task = self.policy.preemption, run.task
+        self.preemptions[task.order] += 1
+        assert policy.hard
+        assert task.priority is Priority.BATCH
+        assert self.preemptions[task.order] <= policy.per_task
+        assert 2 * task.tokens_out <= task.spec.expected_tokens, "past half of its progress"
+        assert task.spec.strict or task.spec.can_continue
+        assert self.replicas[run.replica_id].can_interrupt
+        urgent = [waiting for waiting in self.waiting.values() if waiting.priority is Priority.INTERACTIVE]
+        assert sum(other.is_preempted for other in self.runs.values()) <= len(urgent), "more room than is needed"
+
+    def _admit(self, event: ev.Event, task: Task, position: int, commands: int) -> None:
         assert isinstance(event, ev.TaskSubmitted)
         assert not self.is_closing
         assert task.key not in self.live
-        level = [waiting for waiting in self.waiting.values() if waiting.priority is task.priority]
-        assert len(level) < self.capacity[task.priority], "admitted to a full queue"
-        ahead = [waiting for waiting in self.waiting.values() if self._rank(waiting) < self._rank(task)]
-        assert position == len(ahead)
+        assert 0 <= position <= len(self.waiting)
+        if commands == 1:
+            self.check_bounds(extra=task)
         assert all(task.order > earlier.order for earlier in self.admitted)
         self.live[task.key] = self.waiting[task.key] = task
         self.admitted.append(task)
 
-    def _start(self, task: Task, attempt_id: int, replica_id: str, slot: int, now: float) -> None:
+    def _start(self, task: Task, attempt: Attempt, now: float) -> None:
         assert self.waiting.pop(task.key) is task, "started what did not wait"
-        target = self.replicas[replica_id]
+        target = self.replicas[attempt.replica_id]
         assert target.state is ReplicaState.READY
         need = self._need(task)
         assert target.meets(need), "started where it may not run"
-        others = [run for run in self.runs.values() if run.replica_id == replica_id]
+        others = [run for run in self.runs.values() if run.replica_id == attempt.replica_id]
         assert len(others) < target.slots, "more attempts than slots"
-        assert slot in set(range(target.slots)) - {run.slot for run in others}
-        assert attempt_id > max((*self.runs, *self.ended), default=0)
-        assert task.attempts <= ATTEMPTS
+        assert attempt.slot in set(range(max(target.slots, attempt.slot + 1))) - {run.slot for run in others}
+        assert attempt.attempt_id > max((*self.runs, *self.ended), default=0)
+        assert task.attempts <= ATTEMPTS + self.preemptions[task.order]
+        assert attempt.tokens_before == task.tokens_out
         deadline_s = task.spec.deadline_s
         assert deadline_s is None or task.accepted_at + deadline_s > now, "started after its deadline"
+        assert self.has_room(task), "started beyond its tenant's quota"
         for waiting in self.waiting.values():
-            if self._rank(waiting) < self._rank(task):
-                assert not target.meets(self._need(waiting)), "overtook one that could have used this slot"
-        best = min(self._load(known) for known in self._free() if known.meets(need))
-        assert self._load(target) == best, "not the least loaded"
-        self.runs[attempt_id] = Run(task, replica_id, slot)
+            if self._flow(waiting) == self._flow(task) and self._rank(waiting) < self._rank(task):
+                assert not target.meets(self._need(waiting)), "overtook one of its flow that could have used this slot"
+        self.runs[attempt.attempt_id] = Run(task, attempt.replica_id, attempt.slot)
         if task.spec.strict:
             assert self.pins.setdefault(task.order, target.cohort) == target.cohort, "left its cohort"
+
+    def has_room(self, task: Task) -> bool:
+        """The tenant may run one more."""
+        quota = self.quotas.get(task.key[0], NO_QUOTA)
+        running = [run.task for run in self.runs.values() if run.task.key[0] == task.key[0]]
+        if quota.max_concurrent is not None and len(running) >= quota.max_concurrent:
+            return False
+        used = sum(map(_kv_tokens, running))
+        return quota.kv_tokens is None or not used or used + _kv_tokens(task) <= quota.kv_tokens
 
     def _requeue(self, event: ev.Event, task: Task, fault: Fault) -> None:
         assert isinstance(event, ev.AttemptEnded)
         run = self.ended[event.attempt_id]
         assert run.task is task
-        assert not run.has_token
-        assert not run.is_aborted
-        assert issubclass(fault.kind, RETRIED)
+        if run.is_preempted:
+            assert fault.policy_label == "preempted"
+        else:
+            assert not run.has_token
+            assert not run.is_aborted
+            assert issubclass(fault.kind, RETRIED)
         assert not self.is_closing
         self.waiting[task.key] = task
 
@@ -154,11 +189,25 @@ class Model:
         assert not (self.is_closing and self.waiting)
         for task in self.waiting.values():
             need = self._need(task)
-            assert not any(known.meets(need) for known in self._free()), f"{task.key} waits beside a free slot"
-            assert any(known.meets(need) and not known.state.is_gone for known in self.replicas.values()), "in vain"
-        running = [run.task.order for run in self.runs.values() if not run.is_aborted]
+            is_waiting_in_vain = not any(r.meets(need) and not r.state.is_gone for r in self.replicas.values())
+            assert not is_waiting_in_vain
+            if self._has_turn(task):
+                assert not any(known.meets(need) for known in self._free()), f"{task.key} waits beside a free slot"
+        running = [run.task.order for run in self.runs.values() if run.is_preempted or not run.is_aborted]
+        running = [order for order in running if self.finishes[order] == 0]
         assert len(running) == len(set(running)), "two attempts at one task"
         assert sorted(running) == sorted(t.order for k, t in self.live.items() if k not in self.waiting)
+
+    def _has_turn(self, task: Task) -> bool:
+        """Nobody of its flow that waits before it keeps it from starting by a quota that has no room for either."""
+        flow = [each for each in self.waiting.values() if self._flow(each) == self._flow(task)]
+        return all(self.has_room(each) for each in flow if self._rank(each) <= self._rank(task))
+
+    def check_bounds(self, extra: Task | None = None) -> None:
+        """No more wait than have places, but for those that wait again."""
+        fresh = [task for task in [*self.waiting.values(), extra] if task is not None and not task.attempts]
+        for priority, capacity in self.policy.queue.capacity.items():
+            assert sum(task.priority is priority for task in fresh) <= capacity, f"more {priority} than have places"
 
     def check_time(self, now: float, wall_s: float) -> None:
         """Object to what should have ended by now; after events that fire timers."""
@@ -171,11 +220,22 @@ class Model:
         pin = self.pins.get(task.order)
         return Need(exact=task.spec.strict, cohort=pin)
 
-    def _rank(self, task: Task) -> tuple[int, int]:
-        return list(Priority).index(task.priority), task.order
+    def _flow(self, task: Task) -> tuple[Priority, str]:
+        return task.priority, task.key[0]
+
+    def _rank(self, task: Task) -> tuple[float, int]:
+        """The order within a flow."""
+        if self.policy.queue.order is Order.FIFO:
+            return 0.0, task.order
+        deadline_s = task.spec.deadline_s
+        return task.accepted_at + (self.policy.queue.edf_default_s if deadline_s is None else deadline_s), task.order
 
     def _free(self) -> list[Replica]:
         return [r for r in self.replicas.values() if r.state is ReplicaState.READY and self._load(r) < 1]
 
     def _load(self, known: Replica) -> float:
         return sum(run.replica_id == known.replica_id for run in self.runs.values()) / known.slots
+
+
+def _kv_tokens(task: Task) -> int:
+    return task.spec.prompt_tokens + task.spec.max_tokens

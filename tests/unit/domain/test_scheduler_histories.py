@@ -3,20 +3,45 @@
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from llorch.domain import events as ev
 from llorch.domain.ledger import Ledger, SessionLimits
+from llorch.domain.policy import (
+    Fairness,
+    FullPolicy,
+    Order,
+    PreemptionPolicy,
+    Prices,
+    QueuePolicy,
+    Quota,
+    Rate,
+    RoutePolicy,
+)
 from llorch.domain.pool import Replica, ReplicaState
-from llorch.domain.scheduler import RoutePolicy, Scheduler
-from llorch.domain.task import Cohort, Fault, Priority, TaskKey, TaskSpec, TaskState
+from llorch.domain.scheduler import Scheduler
+from llorch.domain.task import Budgets, Cohort, Fault, Priority, TaskKey, TaskSpec, TaskState
 from llorch.errors import DecodeTimeout, Internal, InvalidParams, PoolUnready, WorkerReset
 from tests.unit.domain.history_model import Model
 
 WALL_S, GRACE_S, TTL_S, TURNS = 40.0, 10.0, 60.0, 20
 CAPACITY = {Priority.INTERACTIVE: 3, Priority.BATCH: 4}
+TENANTS = ("acme", "other", "third")
+QUOTAS = {
+    "other": Quota(max_concurrent=1, max_queued=4, tokens_per_minute=2000),
+    "third": Quota(rate=dict.fromkeys(Priority, Rate(per_s=2.0, burst=3)), kv_tokens=60),
+}
+BUDGETS = (None, None, Budgets(tokens=200), Budgets(time_s=30.0, cost=5.0))
+POLICIES = st.builds(
+    QueuePolicy,
+    capacity=st.just(CAPACITY),
+    full_policy=st.fixed_dictionaries({p: st.sampled_from([FullPolicy.REJECT, FullPolicy.DROP_LRU]) for p in Priority}),
+    fairness=st.sampled_from(Fairness),
+    order=st.sampled_from(Order),
+    weights=st.sampled_from([{}, {"acme": 3.0}]),
+)
 NAMES = st.sampled_from([("acme", f"t{number}") for number in range(20)] + [("other", "t0"), ("other", "t1")])
 SESSIONS = st.sampled_from([f"s{number}" for number in range(6)])
 FAILURES = [None, None, WorkerReset, WorkerReset, WorkerReset, PoolUnready, DecodeTimeout, InvalidParams, Internal]
@@ -40,11 +65,15 @@ def wishes_of(number: int) -> dict[str, Any]:
         "deadline_s": float(deadline) if hurry == 0 else None,
         "abort_late": bool(flags & 2),
         "cancel_unread": bool(flags & 2),
+        "prompt_tokens": 5 * session,
+        "can_continue": strictness != 1,
+        "tenant": TENANTS[(session + flags) % 3],
     }
 
 
 SHORT = settings(
     max_examples=50, stateful_step_count=40, derandomize=True, database=None, deadline=None,
+    phases=(Phase.generate,),  # to shrink a history takes minutes; the first one found says enough
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 LONG = settings(SHORT, max_examples=1000, stateful_step_count=100)
@@ -55,10 +84,8 @@ class Histories(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.ledger = Ledger(SessionLimits(ttl_s=TTL_S, turns=TURNS))
-        self.scheduler = Scheduler(RoutePolicy(CAPACITY, WALL_S, GRACE_S, attempts=3), self.ledger)
-        self.model = Model(capacity=CAPACITY)
         self.now = 0.0
+        self.model: Model = Model(RoutePolicy())
 
     def post(self, event: ev.Event) -> list[ev.Command]:
         self.model.take(event)
@@ -66,6 +93,7 @@ class Histories(RuleBasedStateMachine):
         self.model.follow(event, commands, self.now)
         self.scheduler.check_invariants()
         self.model.check(self.ledger, self.now)
+        self.model.check_bounds()
         assert self.scheduler.tasks == self.model.live
         if not isinstance(event, ev.FirstToken | ev.TokensProduced | ev.FollowerJoined | ev.FollowerLeft):
             self.model.check_time(self.now, WALL_S)
@@ -73,8 +101,14 @@ class Histories(RuleBasedStateMachine):
             assert wakeup is None or wakeup > self.now
         return commands
 
-    @initialize(fleet=st.lists(REPLICAS, min_size=1, max_size=3))
-    def configure(self, fleet: list[tuple[int, bool]]) -> None:
+    @initialize(fleet=st.lists(REPLICAS, min_size=1, max_size=3), queue=POLICIES, hard=st.booleans())
+    def configure(self, fleet: list[tuple[int, bool]], queue: QueuePolicy, hard: bool) -> None:
+        policy = RoutePolicy(
+            queue, WALL_S, GRACE_S, attempts=3, preemption=PreemptionPolicy(hard), prices=Prices(0.001, 0.01)
+        )
+        self.ledger = Ledger(SessionLimits(ttl_s=TTL_S, turns=TURNS), QUOTAS)
+        self.scheduler = Scheduler(policy, self.ledger)
+        self.model = Model(policy, QUOTAS)
         for number, (slots, is_exact) in enumerate(fleet):
             self.post(ev.ReplicaChanged(Replica(f"r{number}", "pool", slots, Cohort("v1", None, exact=is_exact))))
         for number in range(len(fleet)):
@@ -84,7 +118,7 @@ class Histories(RuleBasedStateMachine):
     def change(self, index: int, state: ReplicaState, version: str) -> None:
         known = list(self.model.replicas.values())[index % len(self.model.replicas)]
         cohort = Cohort(version, None, exact=known.cohort.exact)
-        self.post(ev.ReplicaChanged(Replica(known.replica_id, "pool", known.slots, cohort, state)))
+        self.post(ev.ReplicaChanged(Replica(known.replica_id, "pool", known.slots, cohort, state, index % 4 > 0)))
 
     @rule(wishes=st.lists(WISHES, min_size=1, max_size=6))
     def submit(self, wishes: list[int]) -> None:
@@ -96,11 +130,12 @@ class Histories(RuleBasedStateMachine):
         if key not in self.model.live:  # whoever posts has looked whether it is there
             self.submit_one(**wishes_of(wish), key=key)
 
-    def submit_one(self, session: str, key: TaskKey | None = None, **wishes: Any) -> None:
-        key = key or ("acme", f"t{len(self.model.admitted)}")
-        if key in self.model.live:
+    def submit_one(self, session: str, tenant: str, key: TaskKey | None = None, **wishes: Any) -> None:
+        key = key or (tenant, f"t{len(self.model.admitted)}")
+        if key in self.model.live or any(run.task.key == key for run in self.model.runs.values()):
             return
-        spec = TaskSpec(key=key, session=(key[0], session), max_tokens=8, expected_tokens=8, **wishes)
+        budgets = BUDGETS[len(session) + int(session[1:]) - 2 & 3]
+        spec = TaskSpec(key=key, session=(key[0], session), max_tokens=8, expected_tokens=8, budgets=budgets, **wishes)
         before = self._footprint(spec)
         commands = self.post(ev.TaskSubmitted(spec))
         if any(isinstance(command, ev.Reject) for command in commands):
@@ -112,7 +147,8 @@ class Histories(RuleBasedStateMachine):
     def _footprint(self, spec: TaskSpec) -> object:
         session = self.ledger.sessions.get(spec.session, self.now)
         turns = None if session is None else (session.turns, session.expires_at)
-        return turns, len(self.ledger.sessions), spec.key in self.scheduler.tasks, len(self.model.admitted)
+        reserved = sorted(self.ledger.outstanding())
+        return turns, reserved, len(self.ledger.sessions), spec.key in self.scheduler.tasks, len(self.model.admitted)
 
     @rule(key=NAMES)
     def cancel(self, key: TaskKey) -> None:
@@ -155,7 +191,7 @@ class Histories(RuleBasedStateMachine):
         assert self.post(ev.FirstToken(run.task.key, attempt_id)) == []
         before = run.task.tokens_out
         assert self.post(ev.TokensProduced(run.task.key, attempt_id, count)) == []
-        assert run.task.tokens_out == before + (0 if run.is_aborted else count)
+        assert run.task.tokens_out == before + count, "what was given is counted, whoever ended the task"
 
     @precondition(lambda self: self.model.ended)
     @rule(index=INDEX, kind=FAULTS)
@@ -179,7 +215,7 @@ class Histories(RuleBasedStateMachine):
         task = self.model.live.get(key)
         assert task is None or task.readers >= 0
 
-    @rule(tenant=st.sampled_from(["acme", "other"]), session=SESSIONS)
+    @rule(tenant=st.sampled_from(TENANTS), session=SESSIONS)
     def delete_session(self, tenant: str, session: str) -> None:
         self.post(ev.SessionDeleted((tenant, session)))
         assert not [t for t in self.model.live.values() if t.spec.session == (tenant, session)]
@@ -233,11 +269,12 @@ class Histories(RuleBasedStateMachine):
             return
         self.post(ev.ShutdownRequested(0.0))
         assert not self.model.live
-        for attempt_id, run in list(self.model.runs.items()):
+        for attempt_id, run in sorted(self.model.runs.items()):
             assert run.is_aborted
             self.post(ev.AttemptEnded(run.task.key, attempt_id, None))
         assert self.model.finishes == {task.order: 1 for task in self.model.admitted}
         assert self.ledger.leases() == []
+        assert self.ledger.outstanding() == []
         assert not self.scheduler.attempts
         assert not self.scheduler.sessions
         assert self.scheduler.next_wakeup() is None

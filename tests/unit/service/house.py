@@ -8,8 +8,9 @@ from typing import Any, Self
 
 from llorch.domain import events as ev
 from llorch.domain.ledger import Ledger, SessionLimits
+from llorch.domain.policy import QueuePolicy, RoutePolicy
 from llorch.domain.pool import ReplicaState
-from llorch.domain.scheduler import RoutePolicy, Scheduler
+from llorch.domain.scheduler import Scheduler
 from llorch.domain.task import Priority, TaskState
 from llorch.service.dispatcher import Dispatcher
 from llorch.service.limits import Limits
@@ -37,6 +38,7 @@ class RecordingTelemetry(Telemetry):
     def __init__(self) -> None:
         self.observed: list[tuple[str, ev.Event, tuple[ev.Command, ...]]] = []
         self.bugs: list[BaseException] = []
+        self.replayed: list[tuple[int, int]] = []
         self.rejections: list[str] = []
 
     def observe(self, route_id: str, event: ev.Event, commands: Sequence[ev.Command], now: float) -> None:
@@ -44,6 +46,9 @@ class RecordingTelemetry(Telemetry):
 
     def observe_usage(self, attempt_id: int, prompt_tokens: int) -> None:
         pass
+
+    def observe_replay(self, attempt_id: int, tokens: int) -> None:
+        self.replayed.append((attempt_id, tokens))
 
     def observe_rejection(self, engine: str | None, code: str, **told: Any) -> None:
         self.rejections.append(code)
@@ -92,7 +97,7 @@ class House:
         self.engines = engines or (FakeEnginePort(slots=slots),)
         self.routes = routes or [route()]
         self.ledger = Ledger(SessionLimits(turns=turns))
-        policy = policy or RoutePolicy(capacity=dict.fromkeys(Priority, capacity))
+        policy = policy or RoutePolicy(QueuePolicy(dict.fromkeys(Priority, capacity)))
         self.schedulers = {each.route_id: Scheduler(policy, self.ledger) for each in self.routes}
         pools = [Pool(each.route_id.replace("/", "-"), each) for each in self.routes]
         self.replicas = [
@@ -111,6 +116,7 @@ class House:
         self.journal = FakeJournal()
         self.records = Records(retention or Retention())
         self.suspects: list[str] = []
+        self.watching: asyncio.Task[None] | None = None
         self.dispatcher = Dispatcher(
             schedulers=self.schedulers,
             ledger=self.ledger,
@@ -147,6 +153,8 @@ class House:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        if self.watching is not None:
+            self.watching.cancel()
         for engine in self.engines:
             engine.releasing.open()
         self.journal.release()
@@ -163,6 +171,13 @@ class House:
         config = self.replicas[number]
         known = self.pools._watched[config.replica_id].replica()
         self.dispatcher.post(config.pool.route.route_id, ev.ReplicaChanged(replace(known, state=state)))
+
+    def obey(self, *commands: ev.Command) -> None:
+        """Let the scheduler of the first route order this now."""
+        handle = self.scheduler.handle
+        self.scheduler.handle = lambda *_: list(commands)  # type: ignore[method-assign]
+        self.dispatcher.post(self.routes[0].route_id, ev.Tick())
+        self.scheduler.handle = handle  # type: ignore[method-assign]
 
     async def submit(self, task_id: str = "t", **fields: Any) -> Acceptance:
         return await self.tasks.submit(submission(task_id, **fields), "correlation")

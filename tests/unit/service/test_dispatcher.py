@@ -3,16 +3,21 @@
 import asyncio
 import gc
 import weakref
+from collections.abc import Callable
 
 import pytest
 
 from llorch.domain import events as ev
-from llorch.domain.scheduler import RoutePolicy
-from llorch.domain.task import Priority, TaskState
-from llorch.errors import AdmissionReject, PoolUnavailable
+from llorch.domain.policy import Fairness, QueuePolicy, RoutePolicy
+from llorch.domain.task import Estimate, Fault, Priority, TaskState
+from llorch.errors import AdmissionReject, InvalidParams, PoolUnavailable
+from llorch.service import frames
+from llorch.service.patience import spread, told
 from llorch.service.ports import Accepted, Ended, Message, Sampling
 from llorch.testing.engine import FakeEnginePort
 from tests.unit.service.house import TENANT, House, parse_all, route, settle
+
+Handle = Callable[[ev.Event, float], list[ev.Command]]
 
 # The journal
 
@@ -229,6 +234,124 @@ async def test_reader_of_a_waiting_task_hears_of_every_new_place() -> None:
         assert reader.take() == b""
 
 
+# Orders that nobody waits for
+
+
+async def test_idle_slot_is_erased_where_the_engine_can() -> None:
+    """ORCH-2005."""
+    async with House() as house:
+        house.obey(ev.Evict("llamacpp-m/0", 3))
+        await settle()
+        house.engine.can_erase = False
+        house.obey(ev.Evict("llamacpp-m/0", 4))
+        await settle()
+        assert house.engine.erased == [3]
+        assert house.telemetry.bugs == []
+
+
+async def test_bug_in_erasing_is_reported_and_stops_nothing() -> None:
+    async with House() as house:
+        bug = ZeroDivisionError()
+
+        async def fail(slot: int) -> bool:
+            raise bug
+
+        house.engine.erase = fail  # type: ignore[method-assign]
+        house.obey(ev.Evict("llamacpp-m/0", 0))
+        await settle()
+        assert house.telemetry.bugs == [bug]
+        await house.submit()
+        await house.engine.generation(0)
+
+
+async def test_closing_does_not_wait_for_an_erase() -> None:
+    house = House()
+    async with house:
+
+        async def hang(slot: int) -> bool:
+            await asyncio.Event().wait()
+            return True
+
+        house.engine.erase = hang  # type: ignore[method-assign]
+        house.obey(ev.Evict("llamacpp-m/0", 0))
+        await settle()
+    assert house.telemetry.bugs == []
+
+
+async def test_lifted_limit_of_a_tenant_is_told_to_the_other_routes() -> None:
+    """ORCH-3077."""
+    async with House(routes=[route("llamacpp/m"), route("llamacpp/o"), route("llamacpp/p")]) as house:
+        lifted = ["acme"]
+        house.ledger.take_lifted = lambda: [lifted.pop()] if lifted else []  # type: ignore[method-assign]
+        told: list[tuple[str, ev.Event]] = []
+        for route_id, scheduler in house.schedulers.items():
+            handle = scheduler.handle
+
+            def watched(
+                event: ev.Event, now: float, route_id: str = route_id, handle: Handle = handle
+            ) -> list[ev.Command]:
+                told.append((route_id, event))
+                return [] if isinstance(event, ev.LimitLifted) else handle(event, now)
+
+            scheduler.handle = watched  # type: ignore[method-assign]
+        house.dispatcher.post("llamacpp/o", ev.Tick())
+        assert told == [
+            ("llamacpp/o", ev.Tick()),
+            ("llamacpp/m", ev.LimitLifted("acme")),
+            ("llamacpp/p", ev.LimitLifted("acme")),
+        ]
+
+
+async def test_attempt_that_ends_well_tells_its_prompt_tokens() -> None:
+    async with House() as house:
+        await house.submit("a")
+        await house.submit("b")
+        (await house.engine.generation(0)).finish()
+        (await house.engine.generation(1)).fail(InvalidParams("no"))
+        await house.dispatcher.wait_idle()
+        told = [event.prompt_tokens for event in house.telemetry.events(ev.AttemptEnded)]
+        assert told == [len("once upon a time"), None]
+
+
+async def test_refusal_and_terminal_frame_tell_a_wait_that_is_spread() -> None:
+    """ORCH-2007."""
+    async with House() as house:
+        handle = house.scheduler.handle
+        fault = Fault(AdmissionReject, "full", "reject", retry_after_ms=10_000)
+        house.scheduler.handle = lambda *_: [ev.Reject((TENANT, "a"), fault)]  # type: ignore[method-assign]
+        with pytest.raises(AdmissionReject) as refused:
+            await house.submit("a")
+        assert refused.value.retry_after_ms == spread(10_000, "a") != 10_000
+        house.scheduler.handle = handle  # type: ignore[method-assign]
+        await house.submit("running")
+        await house.submit("b")
+        task = house.record("b").admitted
+        await house.tasks.cancel(TENANT, "b")
+        task.fault = fault
+        assert house.tasks.get(TENANT, "b").fault == told(fault, "b")
+        assert frames.terminal(house.record("b"))[1]["retry_after_ms"] == spread(10_000, "b")
+
+
+async def test_acceptance_tells_the_prediction_and_when_to_submit_next() -> None:
+    """ORCH-2001, ORCH-3029."""
+    async with House() as house:
+        handle = house.scheduler.handle
+
+        def informed(event: ev.Event, now: float) -> list[ev.Command]:
+            commands = handle(event, now)
+            for number, command in enumerate(commands):
+                if isinstance(command, ev.Admit):
+                    command.task.predicted_wait = Estimate(1.84, 0.1)
+                    commands[number] = ev.Admit(command.task, command.queue_position, backoff_s=0.62)
+            return commands
+
+        house.scheduler.handle = informed  # type: ignore[method-assign]
+        acceptance = await house.submit("a")
+        assert (acceptance.predicted_start_ms, acceptance.backoff_ms) == (1840, spread(620, "a"))
+        assert house.read_all("a")[0][1]["predicted_start_ms"] == 1840
+        assert await house.submit("a") == acceptance
+
+
 # The end
 
 
@@ -322,7 +445,8 @@ async def test_peer_bug_15_prompt_of_an_ended_task_is_given_back() -> None:
 
 
 async def test_batch_waits_for_interactive_through_the_whole_service() -> None:
-    async with House(FakeEnginePort()) as house:
+    """ORCH-3075."""
+    async with House(policy=RoutePolicy(QueuePolicy(fairness=Fairness.STRICT))) as house:
         await house.submit("running")
         await house.submit("b", priority=Priority.BATCH)
         await house.submit("i")

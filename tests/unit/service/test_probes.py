@@ -104,6 +104,30 @@ async def test_replica_is_exact_only_when_the_engine_has_one_slot(told: int | No
     assert (await probed(FakeEnginePort(slots=told), slots)).replica().cohort.exact is exact
 
 
+async def test_replica_can_be_interrupted_where_its_engine_can() -> None:
+    """ORCH-3085."""
+    engine = FakeEnginePort()
+    assert (await probed(engine)).replica().can_interrupt
+    engine.can_interrupt = False
+    assert not (await probed(engine)).replica().can_interrupt
+
+
+async def test_facts_are_read_when_the_replica_comes_up_and_not_at_every_probe() -> None:
+    engine = FakeEnginePort()
+    made = await probed(engine)
+    await made.probe()
+    assert engine.readings == 1
+    engine.health = WorkerReset("gone")
+    await made.probe()
+    engine.health = None
+    engine.facts = replace(engine.facts, engine_version="v2")
+    await made.probe()
+    assert (engine.readings, made.engine_version.value) == (2, "v2")
+    made.suspect()
+    await made.probe()
+    assert engine.readings == 3
+
+
 async def test_failed_replica_does_not_come_back_by_itself() -> None:
     made = await probed(FakeEnginePort())
     made.fail(LaunchError("it crashed"))
@@ -182,6 +206,49 @@ async def test_replica_that_failed_for_good_is_probed_no_more() -> None:
         assert view.replicas[0].state is ReplicaState.FAILED
         with pytest.raises(PoolUnready):
             await house.submit()
+
+
+def loads(house: House) -> list[tuple[str, int]]:
+    """What the schedulers would be told of foreign work; nothing is handled."""
+    told: list[tuple[str, int]] = []
+
+    def post(route_id: str, event: ev.Event) -> None:
+        if isinstance(event, ev.EngineLoad):
+            told.append((event.replica_id, event.foreign_slots))
+        else:
+            house.dispatcher.post(route_id, event)
+
+    house.watching = asyncio.create_task(house.pools.watch(post))
+    return told
+
+
+async def test_peer_bug_18_foreign_work_is_told_while_it_lasts_and_once_when_it_is_over() -> None:
+    """ORCH-3151: a load that is told no more grows stale in the scheduler, and own leases count alone."""
+    async with House() as house:
+        told = loads(house)
+        await asyncio.sleep(PROBE_S)
+        assert told == []
+        house.engine.foreign = 1
+        await asyncio.sleep(2 * PROBE_S)
+        assert told == [("llamacpp-m/0", 1)] * 2
+        house.engine.foreign = None
+        await asyncio.sleep(2 * PROBE_S)
+        assert len(told) == 2
+        house.engine.foreign = 0
+        await asyncio.sleep(3 * PROBE_S)
+        assert told[2:] == [("llamacpp-m/0", 0)]
+
+
+async def test_own_attempts_are_no_foreign_work() -> None:
+    async with House(slots=2) as house:
+        told = loads(house)
+        await house.submit("a")
+        await house.submit("b")
+        await house.engine.generation(1)
+        await asyncio.sleep(2 * PROBE_S)
+        house.engine.generations[0].finish()
+        await asyncio.sleep(2 * PROBE_S)
+        assert told == []
 
 
 async def test_pool_shows_slots_that_are_held_and_releasing() -> None:

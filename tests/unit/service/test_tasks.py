@@ -5,8 +5,9 @@ import json
 
 import pytest
 
+from llorch.domain import events as ev
 from llorch.domain.pool import ReplicaState
-from llorch.domain.task import TaskState, WaitReason
+from llorch.domain.task import Budgets, Estimate, TaskSpec, TaskState, WaitReason
 from llorch.errors import (
     BudgetExhausted,
     Conflict,
@@ -19,6 +20,7 @@ from llorch.errors import (
     WorkerReset,
 )
 from llorch.service.limits import Limits
+from llorch.service.patience import spread
 from llorch.service.ports import Message, Sampling
 from llorch.service.records import Retention
 from llorch.service.tasks import SEEDS
@@ -106,13 +108,100 @@ async def test_task_id_of_a_forgotten_record_can_be_used_anew() -> None:
         assert house.record("a").submission.max_tokens == 17
 
 
+# What the scheduler is told
+
+
+def specs(house: House) -> list[TaskSpec]:
+    return [event.spec for event in house.telemetry.events(ev.TaskSubmitted)]
+
+
+async def test_scheduler_is_told_an_estimate_of_the_prompt_or_its_count() -> None:
+    """ORCH-3015: a count is made only where it is needed; four bytes make a token otherwise."""
+    async with House() as house:
+        house.engine.count = lambda _: 1234
+        await house.submit("bytes", prompt="é" * 9)
+        await house.submit("messages", prompt=None, messages=(Message("user", "abcd"), Message("user", "e")))
+        await house.submit("counted", prompt=LONG)
+        house.tell(0, ReplicaState.UNREADY)
+        await house.submit("nobody to ask", prompt=None, messages=(Message("user", "abcd"), Message("user", "e")))
+        rendered = "<user> abcd\n<user> e\n"
+        assert [spec.prompt_tokens for spec in specs(house)] == [5, -(-len(rendered) // 4), 1234, 2]
+
+
+@pytest.mark.parametrize(
+    ("wish", "can_continue", "wants_warm"),
+    [
+        ({}, True, True),
+        ({"sampling": Sampling(temperature=0.5)}, True, True),
+        ({"sampling": Sampling(grammar="root ::= x")}, False, True),
+        ({"sampling": Sampling(json_schema={})}, False, True),
+        ({"kv_hint": "reuse"}, True, True),
+        ({"kv_hint": "cold"}, True, False),
+    ],
+)
+async def test_scheduler_is_told_whether_a_task_can_go_on_and_wants_its_cache(
+    wish: dict[str, object], can_continue: bool, wants_warm: bool
+) -> None:
+    """ORCH-3086, ORCH-3009."""
+    features = frozenset({"grammar", "json_schema"})
+    async with House(routes=[route(features=features)]) as house:
+        await house.submit("a", **wish)
+        [spec] = specs(house)
+        assert (spec.can_continue, spec.wants_warm) == (can_continue, wants_warm)
+
+
+async def test_scheduler_is_told_the_budgets_of_the_session() -> None:
+    """ORCH-3099."""
+    async with House() as house:
+        await house.submit("a", budgets=Budgets(100, 1.5, None))
+        await house.submit("b")
+        assert [spec.budgets for spec in specs(house)] == [Budgets(100, 1.5, None), None]
+
+
+async def test_budgets_that_are_left_are_told_at_acceptance_and_with_the_session() -> None:
+    """ORCH-3099, ORCH-2004."""
+    async with House() as house:
+        house.ledger.budgets_left = lambda *_: Budgets(84, 1.5, None)  # type: ignore[method-assign]
+        acceptance = await house.submit("a", session_id="s")
+        assert acceptance.budgets == Budgets(84, 1.5, None)
+        assert house.sessions.get(TENANT, "s").budgets == Budgets(84, 1.5, None)
+        assert await house.submit("a", session_id="s") == acceptance
+
+
+@pytest.mark.parametrize(
+    ("known", "warm"),
+    [((None, None), None), ((None, False), False), ((False, True), True), ((None, True), True)],
+)
+async def test_session_is_warm_where_any_route_has_its_cache(
+    known: tuple[bool | None, bool | None], warm: bool | None
+) -> None:
+    """ORCH-2004."""
+    async with House(routes=[route("llamacpp/m"), route("llamacpp/o")]) as house:
+        for scheduler, is_warm in zip(house.schedulers.values(), known, strict=True):
+            scheduler.is_warm = lambda *_, is_warm=is_warm: is_warm  # type: ignore[method-assign]
+        await house.submit("a", session_id="s")
+        assert house.sessions.get(TENANT, "s").kv_warmth is warm
+
+
+async def test_waiting_task_tells_its_predicted_start_and_why_it_waits_now() -> None:
+    """ORCH-2010, ORCH-3029."""
+    async with House() as house:
+        await house.submit("running")
+        await house.submit("a")
+        house.scheduler.predict = lambda *_: (Estimate(1.5, 0.1), None)  # type: ignore[method-assign]
+        view = house.tasks.get(TENANT, "a")
+        assert (view.predicted_start_ms, view.timeline.preemptions) == (1500, 0)
+        assert house.tasks.get(TENANT, "running").predicted_start_ms is None
+        house.tell(0, ReplicaState.UNREADY)
+        assert house.tasks.get(TENANT, "a").timeline.wait_reasons[-1] is WaitReason.NO_READY_REPLICA
+
+
 # Checks before the queue
 
 
 @pytest.mark.parametrize(
     "wish",
     [
-        {"has_budgets": True},
         {"max_tokens": 33_000},
         {"expected_tokens": 17},
         {"ctx": 5000},
@@ -375,7 +464,7 @@ async def test_session_tells_its_turns_and_what_is_left_of_its_time() -> None:
         assert (view.turns, view.turns_max, view.ttl_ms_remaining) == (2, 2, 500_000)
         with pytest.raises(BudgetExhausted) as refused:
             await house.submit("c", session_id="s")
-        assert refused.value.retry_after_ms == 500_000
+        assert refused.value.retry_after_ms == spread(500_000, "c")
         with pytest.raises(NotFound):
             house.sessions.get("other", "s")
         house.clock.advance(500.0)

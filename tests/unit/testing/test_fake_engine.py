@@ -136,10 +136,52 @@ async def test_faults_can_be_limited_to_the_next_generations(fake: FakeEngine, h
     assert statuses == [500, 500, 200]
 
 
+@pytest.mark.parametrize(
+    ("prompt", "most", "end"),
+    [
+        ("say <out:3>", 9, (3, "eos")),
+        ("say <out:9>", 4, (4, "limit")),
+        ("<out:0>", 4, (0, "eos")),
+        ("a", 2, (2, "limit")),
+    ],
+)
+async def test_prompt_says_how_long_its_answer_shall_be(
+    fake: FakeEngine, http: httpx.AsyncClient, prompt: str, most: int, end: tuple[int, str]
+) -> None:
+    answer = (await http.post("/completion", json={"prompt": prompt, "n_predict": most, "seed": 1})).json()
+    assert (answer["tokens_predicted"], answer["stop_type"]) == end
+    assert answer["content"] == "".join(fake.expected_tokens(prompt, 1, most))
+
+
+async def test_answer_that_was_broken_off_is_continued_with_the_tokens_that_it_would_have_had(
+    fake: FakeEngine, http: httpx.AsyncClient
+) -> None:
+    prompt = "a b <out:12>"
+    whole = fake.expected_tokens(prompt, 7, 100)
+    assert len(whole) == 12
+    for cut in (1, 5, 12):
+        body = {"prompt": prompt + "".join(whole[:cut]), "n_predict": 50, "seed": 7}
+        answer = (await http.post("/completion", json=body)).json()
+        assert answer["content"] == "".join(whole[cut:])
+
+
+async def test_generation_takes_the_time_that_its_rates_say(http: httpx.AsyncClient, fake: FakeEngine) -> None:
+    rates = {"overhead_s": 0.02, "prefill_token_s": 0.002, "decode_token_s": 0.004, "tokens_per_segment": 8}
+    await http.post("/_fake", json=rates)
+    prompt = " ".join(["word"] * 29) + " <out:20>"
+    await http.post("/completion", json={"prompt": prompt, "n_predict": 99, "stream": True, "return_progress": True})
+    seen = fake.last
+    assert (seen.prompt_tokens, seen.tokens_sent) == (30, 20)
+    assert seen.ended_at is not None
+    took_s = seen.ended_at - seen.arrived_at
+    assert 0.02 + 30 * 0.002 + 20 * 0.004 <= took_s + 0.002 < 0.66
+
+
 async def test_process_announces_itself_and_obeys_its_admin_path() -> None:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "llorch.testing.fake_engine"),
         *("--port", "0", "--slots", "3", "--token-interval-ms", "1", "--dialects", "llamacpp"),
+        *("--overhead-ms", "1", "--prefill-token-ms", "0.1", "--decode-token-ms", "0.1", "--can-erase", "0"),
         stdout=asyncio.subprocess.PIPE,
     )
     assert process.stdout is not None
@@ -148,6 +190,10 @@ async def test_process_announces_itself_and_obeys_its_admin_path() -> None:
     async with httpx.AsyncClient(base_url=announced["url"], trust_env=False) as http:
         assert (await http.get("/props")).json()["total_slots"] == 3
         assert (await http.post("/v1/completions", json={"prompt": "a"})).status_code == 404
+        assert (await http.post("/slots/0?action=erase", json={})).status_code == 501
+        await http.post("/_fake", json={"can_erase": True})
+        assert (await http.post("/slots/0?action=erase", json={})).status_code == 200
+        assert (await http.post("/slots/3?action=erase", json={})).status_code == 400
         await http.post("/_fake", json={"set": {"eos_after": 1}})
         answer = (await http.post("/completion", json={"prompt": "a", "n_predict": 9})).json()
         assert (answer["stop_type"], answer["tokens_predicted"]) == ("eos", 1)

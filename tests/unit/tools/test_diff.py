@@ -263,9 +263,9 @@ def part(d: Document, name: str) -> Any:
             "spec .pools[].queue.new: added",
         ),
         (
-            lambda d: part(d, "FullPolicy")["enum"].append("drop-lru"),
+            lambda d: part(d, "FullPolicy")["enum"].append("drop-newest"),
             False,
-            "queue.full_policy: enum value drop-lru added",
+            "queue.full_policy.batch: enum value drop-newest added",
         ),
     ],
 )

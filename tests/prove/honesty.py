@@ -1,0 +1,143 @@
+"""Bar 4: how true the predicted starts and the chances to be in time are, in the simulator."""
+
+import math
+import statistics
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Final
+
+from llorch.simulator.compare import POLICIES
+from llorch.simulator.generators import mean_service_s, workload_of
+from llorch.simulator.outcome import Outcome
+from llorch.simulator.run import simulate
+from llorch.simulator.spec import Spec, load_spec
+from llorch.simulator.workload import Workload
+from tests.prove.goodput import WORKLOADS
+from tests.prove.report import Figure, at_least, at_most, progress
+
+TENANTS: Final = 5
+MOST_ERROR: Final = 1.3
+BINS: Final = 5
+LEAST_IN_BIN: Final = 200
+MOST_GAP: Final = 0.10
+
+
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """What one run showed. `error_ratio`: median absolute error over that of the informed FCFS predictor.
+
+    `smallest_bin` in tasks, `worst_gap` between told and happened in any bin, `brier_ratio` over the base rate's.
+    """
+
+    name: str
+    error_ratio: float
+    smallest_bin: int
+    worst_gap: float
+    brier_ratio: float
+
+
+def measure(number: int) -> list[Figure]:
+    """Every workload at a steady load, as one tenant's and as several tenants'."""
+    truths = []
+    for file in sorted(WORKLOADS.glob("poisson_load_*.yaml")):
+        alone = load_spec(file)
+        truths.append(_run(f"{file.stem}, one tenant", alone))
+        truths.append(_run(f"{file.stem}, {TENANTS} tenants", _shared(alone)))
+    errors = [
+        at_most(number, f"{truth.name}: error of predicted start / informed FCFS", truth.error_ratio, MOST_ERROR)
+        for truth in truths
+    ]
+    worst = max(truths, key=lambda truth: truth.worst_gap)
+    vague = max(truths, key=lambda truth: truth.brier_ratio)
+    return [
+        *errors,
+        at_least(
+            number,
+            "on_time_probability: tasks in the smallest bin",
+            min(truth.smallest_bin for truth in truths),
+            LEAST_IN_BIN,
+        ),
+        at_most(number, f"worst bin off what happened, in points: {worst.name}", 100 * worst.worst_gap, 100 * MOST_GAP),
+        at_most(number, f"Brier score / the base rate's, worst: {vague.name}", vague.brier_ratio, 1.0),
+    ]
+
+
+def _shared(spec: Spec) -> Spec:
+    """The same traffic, sent by several tenants alike."""
+    [(name, tenant)] = spec.tenants.items()
+    return spec.model_copy(update={"tenants": {name: tenant.model_copy(update={"count": TENANTS})}})
+
+
+def _run(name: str, spec: Spec) -> Truth:
+    workload = workload_of(spec)
+    service_s = mean_service_s(spec, workload)
+    slots = sum(group.count * group.slots for group in spec.replicas)
+    ours = simulate(spec, workload, POLICIES["ours"])
+    error, starts = _told_error(workload, ours, service_s)
+    reference = _informed_error(workload, simulate(spec, workload, POLICIES["fcfs"]), service_s, slots)
+    chances = [
+        (told, ours.is_in_time(index))
+        for index, told in enumerate(ours.told.on_time)
+        if not math.isnan(told) and ours.has_ended(index)
+    ]
+    bins = _bins(chances)
+    base = sum(was for _, was in chances) / len(chances) if chances else math.nan
+    brier = sum((told - was) ** 2 for told, was in chances) / len(chances) if chances else math.nan
+    progress(
+        f"{name}: {starts} starts, median error {error:.3f} s, informed FCFS {reference:.3f} s; "
+        f"{len(chances)} chances, Brier {brier:.4f} of {base * (1 - base):.4f}, "
+        + " ".join(f"{told:.2f}→{was:.2f}" for _, told, was in bins)
+    )
+    return Truth(
+        name=name,
+        error_ratio=error / reference,
+        smallest_bin=min((tasks for tasks, _, _ in bins), default=0),
+        worst_gap=max((abs(told - was) for _, told, was in bins), default=math.inf),
+        brier_ratio=brier / (base * (1 - base)) if 0 < base < 1 else math.inf,
+    )
+
+
+def _bins(chances: Sequence[tuple[float, bool]]) -> list[tuple[int, float, float]]:
+    """Equally many tasks in each, by what they were told: tasks, mean chance told, part that was in time."""
+    ordered = sorted(chances)
+    edges = [len(ordered) * each // BINS for each in range(BINS + 1)]
+    parts = [ordered[low:high] for low, high in pairwise(edges) if high > low]
+    return [
+        (len(part), sum(told for told, _ in part) / len(part), sum(was for _, was in part) / len(part))
+        for part in parts
+    ]
+
+
+def _told_error(workload: Workload, outcome: Outcome, service_s: float) -> tuple[float, int]:
+    """Median absolute error of what tasks were told that waited at least a mean service time, and how many those are.
+
+    One that was told nothing counts as if it had been told a start at once.
+    """
+    errors = []
+    for index, started in enumerate(outcome.started_at):
+        wait = started - workload.arrival_s[index]
+        if wait >= service_s:
+            told = outcome.told.wait_s[index]
+            errors.append(abs((0.0 if math.isnan(told) else told) - wait))
+    return statistics.median(errors), len(errors)
+
+
+def _informed_error(workload: Workload, outcome: Outcome, service_s: float, slots: int) -> float:
+    """The same of a first-come-first-served queue that knows the true mean service time, and nothing of lengths.
+
+    With all slots busy one comes free every service_s / slots; who has n waiting before it needs n + 1 of those.
+    """
+    starts: list[float] = []
+    errors = []
+    for index, started in enumerate(outcome.started_at):
+        if math.isnan(started):
+            continue
+        arrival = workload.arrival_s[index]
+        wait = started - arrival
+        if wait >= service_s:
+            ahead = len(starts) - bisect_right(starts, arrival)
+            errors.append(abs((ahead + 1) * service_s / slots - wait))
+        starts.append(started)
+    return statistics.median(errors)
