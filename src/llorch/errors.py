@@ -38,6 +38,8 @@ class LlorchError(Exception):
 class Internal(LlorchError):
     """The service failed in a way that it did not foresee."""
 
+    retriable = True
+
 
 class SchemaFault(LlorchError):
     """The request does not have the form that the contract asks for."""
@@ -118,12 +120,14 @@ class BudgetExhausted(LlorchError):
     """The session has used up what it was given."""
 
     code = "BUDGET_EXHAUSTED"
+    retriable = True
 
 
 class DeadlineUnmet(LlorchError):
     """The deadline passed before the task could end."""
 
     code = "DEADLINE_UNMET"
+    retriable = True
 
 
 class PoolUnready(LlorchError):

@@ -32,7 +32,7 @@ MEANINGS: Final[Mapping[Exit, str]] = {
     Exit.FAILED: "the task failed, or the server or an engine did",
     Exit.USAGE: "wrong usage, configuration or request (HTTP 400, 409, 413, 422)",
     Exit.NOT_FOUND: "no such thing, or no longer (HTTP 404, 410)",
-    Exit.REFUSED: "refused for now, worth another try (HTTP 429, 503)",
+    Exit.REFUSED: "refused for now, worth another try (HTTP 429, 503, a deadline that cannot be met now)",
     Exit.FORBIDDEN: "no valid key, or one that may not do this (HTTP 401, 403)",
     Exit.UNREACHABLE: "no answer from a llorch server",
     Exit.CANCELED: "the task was canceled, not by this command",
@@ -112,20 +112,33 @@ def task_complaint(problem: Problem) -> Complaint:
 
 def _refused(error: ApiError) -> Complaint:
     exit_code = _BY_STATUS.get(error.status, Exit.USAGE if 400 <= error.status < 500 else Exit.FAILED)
+    if error.code == ErrorCode.DEADLINE_UNMET.value:
+        exit_code = Exit.REFUSED
     if error.problem is None:
         return Complaint.line(
             f"HTTP_{error.status}", "the answer wears no error envelope", _HINTS[exit_code], exit_code
         )
-    hint = _HINTS[exit_code]
-    if exit_code is Exit.REFUSED and not error.problem.retriable:
-        hint = ""
-    elif exit_code is Exit.REFUSED and error.advised_wait_s is not None:
-        hint = f"Try again in {error.advised_wait_s:.1f} s, or wait longer with --patience."
-    elif exit_code is Exit.FAILED:
-        hint = f"The server's log has more, under the correlation id {error.problem.correlation_id}."
+    hint = _hint(error, error.problem, exit_code)
     place = (error.problem.details or {}).get("path")
     message = f"{error.problem.message} (at {place})" if isinstance(place, str) and place else error.problem.message
     return Complaint.line(error.problem.code.value, message, hint, exit_code)
+
+
+def _hint(error: ApiError, problem: Problem, exit_code: Exit) -> str:
+    """What to do about a refusal."""
+    if exit_code is Exit.FAILED:
+        return f"The server's log has more, under the correlation id {problem.correlation_id}."
+    if exit_code is not Exit.REFUSED:
+        return _HINTS[exit_code]
+    if not problem.retriable:
+        return ""
+    other = "wait longer with --patience"
+    if problem.code is ErrorCode.DEADLINE_UNMET:
+        other = "give it a longer --deadline-ms"
+    elif problem.code is ErrorCode.BUDGET_EXHAUSTED:
+        other = "use another session"
+    when = "later" if error.advised_wait_s is None else f"in {error.advised_wait_s:.1f} s"
+    return f"Try again {when}, or {other}."
 
 
 def _sentence(text: str) -> str:

@@ -13,10 +13,13 @@ from llorch.client.events import (
     Result,
     Started,
     Token,
+    known,
 )
 from llorch.client.sync import Client
 from llorch.client.transport import Timeouts
 from llorch_contract.models import (
+    Affinity,
+    BudgetsRemaining,
     Capabilities,
     Determinism,
     ErrorCode,
@@ -30,19 +33,23 @@ from llorch_contract.models import (
     ReplicaSetList,
     Sampling,
     Session,
+    SessionBudgets,
     Task,
     TaskAccepted,
     TaskList,
     TaskRequest,
     TaskState,
     TaskSummary,
+    WaitReason,
 )
 
 __all__ = [
     "DEFAULT_URL",
     "Accepted",
+    "Affinity",
     "ApiError",
     "AsyncClient",
+    "BudgetsRemaining",
     "Capabilities",
     "Client",
     "ClientError",
@@ -67,6 +74,7 @@ __all__ = [
     "Result",
     "Sampling",
     "Session",
+    "SessionBudgets",
     "Started",
     "StreamLost",
     "Task",
@@ -78,4 +86,6 @@ __all__ = [
     "Timeouts",
     "Token",
     "Unreachable",
+    "WaitReason",
+    "known",
 ]

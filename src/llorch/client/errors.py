@@ -4,7 +4,7 @@ A tree of its own beside `llorch.errors`: those are raised inside the service, t
 over the wire. A failed task is no exception: it is the terminal event of its stream.
 """
 
-from llorch_contract.models import Problem
+from llorch_contract.models import ErrorCode, Problem
 
 
 class ClientError(Exception):
@@ -33,8 +33,14 @@ class ApiError(ClientError):
 
     @property
     def is_refusal(self) -> bool:
-        """Whether the same request can succeed later without a change (429, 503)."""
-        return self.status in {429, 503} and (self.problem is None or self.problem.retriable)
+        """Whether waiting and sending the same request again makes sense without asking the caller (429, 503).
+
+        A deadline that cannot be met (422) is not waited for: it counts from acceptance, and the wait would be outside
+        of it. Nor is a budget that nobody knows when to have again.
+        """
+        if self.status not in {429, 503} or (self.problem is not None and not self.problem.retriable):
+            return False
+        return self.advised_wait_s is not None or self.code != ErrorCode.BUDGET_EXHAUSTED.value
 
 
 class Unreachable(ClientError):

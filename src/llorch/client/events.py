@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Final, TypeVar
 
-from pydantic import ValidationError
+from pydantic import MISSING, ValidationError
 
 from llorch.client.errors import ProtocolFault
 from llorch.client.sse import Frame
@@ -101,7 +101,13 @@ DurableEvent = Started | Token | Result | End | ErrorEvent
 Event = DurableEvent | Queued | Metrics
 
 F = TypeVar("F", bound=Model)
+V = TypeVar("V")
 D = TypeVar("D", Started, Token, Result, End, ErrorEvent)
+
+
+def known(value: V | MISSING) -> V | None:
+    """The value of a field that a server may leave out; None when it did."""
+    return None if value is MISSING else value
 
 
 def read(model: type[F], data: str | bytes) -> F:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from llorch.domain import events as ev
-from llorch.domain.task import Attempt, Fault
+from llorch.domain.task import Attempt, Fault, Priority
 from llorch.errors import DecodeTimeout, DeterminismViolation, LlorchError
 from llorch.service.ports import Completed, Engine, Generation, Post
 from llorch.service.prompts import check_prompt
@@ -85,7 +85,8 @@ async def _generate(engine: Engine, order: Generation, record: Record) -> Comple
 class _Progress:
     """Tells the scheduler of an attempt's tokens: of the first at once, of the others now and then.
 
-    The stream counts them, so that a token costs nothing here.
+    The stream counts them, so that a token costs nothing here. That a batch task is past half of what it expects is
+    told at once: from there on it need not make room, however short it is.
     """
 
     def __init__(self, record: Record, attempt: Attempt, post: Post) -> None:
@@ -94,6 +95,9 @@ class _Progress:
         self._attempt = attempt
         self._post = post
         self._reported = self._stream.tokens
+        self._half = 0
+        if record.submission.priority is Priority.BATCH:
+            self._half = (record.submission.expected_tokens or record.submission.max_tokens) // 2 + 1
         self._timer: asyncio.TimerHandle | None = None
         self._stream.call_at(self._reported + 1, self._begin)
 
@@ -106,8 +110,9 @@ class _Progress:
 
     def _begin(self) -> None:
         self._post(self._route_id, ev.FirstToken(self._attempt.task, self._attempt.attempt_id))
-        self._stream.call_at(self._reported + REPORT_TOKENS, self._report)
         self._set_timer()
+        if self._stream.tokens >= self._aim():
+            self._report()
 
     def _set_timer(self) -> None:
         self._timer = asyncio.get_running_loop().call_later(REPORT_S, self._on_timer)
@@ -121,7 +126,15 @@ class _Progress:
         if count:
             self._reported += count
             self._post(self._route_id, ev.TokensProduced(self._attempt.task, self._attempt.attempt_id, count))
-            self._stream.call_at(self._reported + REPORT_TOKENS, self._report)
+            self._aim()
+
+    def _aim(self) -> int:
+        """Be called at the token that is to be reported next, and return which one that is."""
+        at = self._reported + REPORT_TOKENS
+        if self._reported < self._half < at:
+            at = self._half
+        self._stream.call_at(at, self._report)
+        return at
 
 
 def fault_of(error: LlorchError) -> Fault:

@@ -52,8 +52,8 @@ class Outcome:
     """The facts of one run, by index of the task. Times in seconds of virtual time.
 
     `cost` sums weighted tokens by tenant (prompt at the first token, output as it is reported), `contended` the same
-    while every tenant of the workload had a task waiting, `cost_in_span` until the last arrival; `contended_s` and
-    `contended_cost` tell how long that was.
+    while every tenant of the workload had a task waiting, which was `contended_s` long. `tokens_in_span` and
+    `output_in_span` count what was served until the last arrival, with and without prompts.
     """
 
     def __init__(self, workload: Workload, *, prompt_cost: float, output_cost: float) -> None:
@@ -74,6 +74,7 @@ class Outcome:
         self.contended = [0.0] * tenants
         self.contended_s = 0.0
         self.tokens_in_span = 0
+        self.output_in_span = 0
         self.waiting = 0
         self._span = workload.arrival_s[-1] if count else 0.0
         self._prompt_cost = prompt_cost
@@ -131,6 +132,7 @@ class Outcome:
         self._charge(index, self._output_cost * count)
         if now <= self._span:
             self.tokens_in_span += count
+            self.output_in_span += count
 
     def _charge(self, index: int, cost: float) -> None:
         tenant = self.workload.tenant[index]

@@ -93,6 +93,7 @@ def _main_table(results: Sequence[Results]) -> str:
         ("goodput, tasks/s", lambda one: number(one.goodput_per_s)),
         ("deadlines met", lambda one: percent(one.deadline_hit_ratio)),
         ("throughput, tokens/s", lambda one: number(one.tokens_per_s)),
+        ("throughput, output tokens/s", lambda one: number(one.output_tokens_per_s)),
         ("slots busy until the end", lambda one: percent(one.utilisation)),
         ("Jain's index of tenants", lambda one: number(one.jain) + ("" if one.jain_is_contended else " *")),
         ("all tenants waiting, s", lambda one: number(one.contended_s)),

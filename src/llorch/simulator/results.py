@@ -93,6 +93,7 @@ class Results:
     goodput: int
     goodput_per_s: float
     tokens_per_s: float
+    output_tokens_per_s: float
     utilisation: float
     deadlines: int
     deadline_hit_ratio: float
@@ -141,6 +142,7 @@ def results_of(policy: str, outcome: Outcome, setting: Setting) -> Results:
         goodput=sum(in_time),
         goodput_per_s=_ratio(sum(was and at <= span for was, at in zip(in_time, outcome.ended_at, strict=True)), span),
         tokens_per_s=_ratio(outcome.tokens_in_span, span),
+        output_tokens_per_s=_ratio(outcome.output_in_span, span),
         utilisation=_ratio(outcome.busy_s, setting.slots * outcome.end_s),
         deadlines=len(with_deadline),
         deadline_hit_ratio=_ratio(sum(in_time[index] for index in with_deadline), len(with_deadline)),

@@ -2,9 +2,11 @@
 
 import asyncio
 
+import pytest
+
 from llorch.domain import events as ev
 from llorch.domain.pool import ReplicaState
-from llorch.domain.task import TaskState
+from llorch.domain.task import Priority, TaskState
 from llorch.errors import DecodeTimeout, InvalidParams, WorkerReset
 from llorch.service.runner import REPORT_S
 from llorch.testing.clock import running_clock
@@ -68,6 +70,24 @@ async def test_scheduler_hears_of_tokens_every_32_or_half_second() -> None:
         await house.dispatcher.wait_idle()
         assert counts() == [32, 1, 3]
         assert len(house.telemetry.events(ev.FirstToken)) == 1
+
+
+@pytest.mark.parametrize("together", [True, False])
+async def test_scheduler_hears_at_once_that_a_short_batch_task_is_past_its_half(together: bool) -> None:
+    """ORCH-3086."""
+    async with House() as house:
+        await house.submit(max_tokens=12, priority=Priority.BATCH)
+        generation = await house.engine.generation(0)
+        if together:
+            generation.send(*"abcdefg")
+        for text in "" if together else "abcdefg":
+            assert house.telemetry.events(ev.TokensProduced) == []
+            generation.send(text)
+        assert [event.count for event in house.telemetry.events(ev.TokensProduced)] == [7]
+        generation.send(*"hijkl")
+        generation.finish()
+        await house.dispatcher.wait_idle()
+        assert [event.count for event in house.telemetry.events(ev.TokensProduced)] == [7, 5]
 
 
 # Cancel

@@ -1,5 +1,6 @@
 """The real scheduler at the desk: it sees what a dispatcher would post, and what it orders is what happens."""
 
+import gc
 import json
 import math
 
@@ -137,3 +138,34 @@ def test_a_replica_that_breaks_down_loses_its_runs_and_comes_back(policy: str) -
     assert counts["finished"] > 100
     assert outcome.retries > 2
     assert not outcome.waiting
+
+
+def test_a_preempted_task_goes_on_from_the_tokens_that_it_had() -> None:
+    tasks = [task(0.0, 20, priority=Priority.BATCH), task(5.0, 3)]
+    outcome = play("ours", *tasks, preemption={"mode": "hard", "per_minute": 6})
+    assert outcome.preemptions == 1
+    assert starts(outcome) == [0, 5]
+    assert list(outcome.ended_at) == [23, 8]
+    assert list(outcome.tokens) == [20, 3]
+    assert outcome.busy_s == 23
+
+
+def test_quotas_and_weights_reach_the_scheduler() -> None:
+    tasks = [task(0.0, 4, "a"), task(0.0, 4, "a"), task(1.0, 4, "b")]
+    tenants = {"a": {"max_concurrent": 1}}
+    outcome = play("ours", *tasks, tenants=tenants, replicas={"decode_s_per_token": 1.0, "slots": 2})
+    assert starts(outcome) == [0, 4, 1]
+
+
+def test_nothing_of_a_simulation_waits_for_the_collector_of_cycles() -> None:
+    spec = parse_spec(BUSY, "test")
+    workload = generate(spec)
+    simulate(spec, workload, SchedulerDesk)
+    gc.collect()
+    gc.disable()
+    try:
+        simulate(spec, workload, SchedulerDesk)
+        unreachable = gc.collect()
+    finally:
+        gc.enable()
+    assert unreachable < len(workload)  # the parts of one scheduler may hold each other, no task may
