@@ -664,11 +664,11 @@ class Queue(Settings):
     feasible_probability: Annotated[
         StrictFloat,
         Field(
-            description="A task whose predicted chance to meet its deadline is below this is refused with DEADLINE_UNMET; 0 refuses only what is certain to be late. Nothing is refused while rates are unknown.",
+            description="While others wait, a task whose predicted chance to meet its deadline is below this is refused with DEADLINE_UNMET, or ended when its turn comes, so that slots serve those that can still be in time. While nobody else waits only a chance below 0.05 counts as none. Nothing is refused while rates are unknown.",
             ge=0.0,
             le=1.0,
         ),
-    ] = 0.05
+    ] = 0.7
 
 
 class Tenant(Settings):

@@ -6,7 +6,6 @@ write it anew with `WRITE_PACTS=1 python -m pytest tests/contract/test_client_pa
 
 import os
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,33 @@ os.environ["PACT_DO_NOT_TRACK"] = "true"
 
 from pact import Pact
 
-from llorch.client import ApiError, AsyncClient, End, Event, Started, TaskState, Token
+from llorch.client import AsyncClient, End, Event, Started, TaskState, Token
+from tests.contract.interactions import (
+    ANYTHING,
+    DATA_KEY,
+    EXACT,
+    INTEGER,
+    INTEGER_OR_NULL,
+    MODEL,
+    POOL,
+    TEXT_OR_NULL,
+    TIME,
+    TIME_OR_NULL,
+    UNKNOWN_KEY,
+    UUID,
+    Interaction,
+    Reply,
+    State,
+    any_of,
+    problem,
+    refused,
+    regex,
+    returned,
+)
+from tests.contract.policy_interactions import POLICY_INTERACTIONS
 
 PACTS = Path(__file__).parent / "pacts"
 
-KEY = "llk_" + "pact-data-and-control-".ljust(43, "0")
-DATA_KEY = "llk_" + "pact-data-only-".ljust(43, "0")
-UNKNOWN_KEY = "llk_" + "pact-unknown-".ljust(43, "0")
-
-MODEL = "pact-model"
-POOL = "pact"
 NEW_TASK = "00000000-0000-4000-8000-000000000001"
 FULL_TASK = "00000000-0000-4000-8000-000000000002"
 SUCCEEDED_TASK = "00000000-0000-4000-8000-000000000003"
@@ -42,9 +58,6 @@ SPENT_TASK = "00000000-0000-4000-8000-000000000008"
 TOKEN_FRAMES = 2
 LAST_ID = TOKEN_FRAMES + 2
 
-Rule = dict[str, Any]
-State = tuple[str, dict[str, object]]
-
 SERVES: State = ("the server serves a model", {"model_ref": MODEL, "pool_id": POOL})
 SUCCEEDED: State = (
     "a task that succeeded",
@@ -59,118 +72,14 @@ FULL: State = ("a route whose queue is full", {"model_ref": MODEL})
 SPENT: State = ("a session that has had all its turns", {"model_ref": MODEL, "session_id": SPENT_SESSION})
 
 
-def any_of(*matchers: Rule) -> Rule:
-    return {"combine": "OR", "matchers": list(matchers)}
-
-
-def regex(pattern: str) -> Rule:
-    return {"combine": "AND", "matchers": [{"match": "regex", "regex": pattern}]}
-
-
-EXACT = any_of({"match": "equality"})
-SAME_TYPE = any_of({"match": "type"})
-INTEGER = any_of({"match": "integer"})
-INTEGER_OR_NULL = any_of({"match": "null"}, {"match": "integer"})
-TEXT_OR_NULL = any_of({"match": "null"}, {"match": "regex", "regex": ".*"})
-ANYTHING = any_of({"match": "include", "value": ""})
-UUID = regex("^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$")
-TIME = regex(r"^\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}(\.\d+)?Z$")
-TIME_OR_NULL = any_of({"match": "null"}, {"match": "regex", "regex": r"^\d{4}-\d{2}-\d{2}T.*Z$"})
-CORRELATION_ID = regex("^[A-Za-z0-9._:-]{1,128}$")
-DIGITS = regex(r"^\d+$")
-
-
-@dataclass(frozen=True)
-class Reply:
-    status: int
-    body: Any = None
-    rules: dict[str, Rule] = field(default_factory=dict)
-    """By JSON path; what has none must have the type of the example."""
-    headers: dict[str, tuple[str, Rule]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Interaction:
-    name: str
-    method: str
-    path: str
-    reply: Reply
-    act: Callable[[AsyncClient], Awaitable[None]]
-    states: tuple[State, ...] = ()
-    key: str = KEY
-    body: Any = None
-    query: dict[str, str] = field(default_factory=dict)
-    headers: dict[str, str] = field(default_factory=dict)
-
-    def arrange(self, pact: Pact) -> None:
-        asked = pact.upon_receiving(self.name)
-        for state, parameters in self.states:
-            asked.given(state, parameters)
-        asked.with_request(self.method, self.path)
-        for name, value in {"Authorization": f"Bearer {self.key}", **self.headers}.items():
-            asked.with_header(name, value)
-        for name, value in self.query.items():
-            asked.with_query_parameter(name, value)
-        if self.body is not None:
-            asked.with_body(self.body, content_type="application/json")
-        self._reply(asked.will_respond_with(self.reply.status))
-
-    def _reply(self, answer: Any) -> None:
-        headers = {"X-Correlation-Id": ("req-1", CORRELATION_ID), **self.reply.headers}
-        for name, (value, _) in headers.items():
-            answer.with_header(name, value)
-        rules: dict[str, dict[str, Rule]] = {"header": {name: rule for name, (_, rule) in headers.items()}}
-        if isinstance(self.reply.body, str):
-            # A matcher given as the body would be stored as literal text; the raw rule is what counts.
-            answer.with_body(self.reply.body, content_type="text/event-stream")
-            rules["body"] = self.reply.rules
-        elif self.reply.body is not None:
-            answer.with_body(self.reply.body, content_type="application/json")
-            rules["body"] = {"$": SAME_TYPE, **self.reply.rules}
-        answer.with_matching_rules(rules, "Response")
-
-
-def refused(
-    code: str, status: int, act: Callable[[AsyncClient], Awaitable[object]], *, advised_wait_s: float | None = None
-) -> Callable[[AsyncClient], Any]:
-    async def check(client: AsyncClient) -> None:
-        with pytest.raises(ApiError) as told:
-            await act(client)
-        assert (told.value.status, told.value.code) == (status, code)
-        assert told.value.advised_wait_s == advised_wait_s
-
-    return check
-
-
-def returned(act: Callable[[AsyncClient], Awaitable[object]], **expected: object) -> Callable[[AsyncClient], Any]:
-    async def check(client: AsyncClient) -> None:
-        found = await act(client)
-        assert {name: getattr(found, name) for name in expected} == expected
-
-    return check
-
-
-def problem(status: int, code: str, *, retriable: bool = False, **extra: Any) -> Reply:
-    body: dict[str, Any] = {
-        "code": code, "message": "for people", "engine": None, "pool_id": None, "retriable": retriable,
-        "retry_after_ms": None, "policy_label": None, "details": None, "correlation_id": "req-1",
-    }  # fmt: skip
-    rules = {
-        "$.code": EXACT, "$.retriable": EXACT, "$.engine": TEXT_OR_NULL, "$.pool_id": TEXT_OR_NULL,
-        "$.retry_after_ms": INTEGER_OR_NULL, "$.policy_label": TEXT_OR_NULL, "$.correlation_id": CORRELATION_ID,
-        "$.details": ANYTHING,
-    }  # fmt: skip
-    return Reply(status, body, rules, **extra)
-
-
 ACCEPTED = Reply(
     202,
     {
         "task_id": NEW_TASK, "session_id": NEW_SESSION, "state": "queued", "queue_position": 0,
-        "predicted_start_ms": None, "backoff_ms": None,
+        "predicted_start_ms": None, "backoff_ms": None, "budgets": None,
     },
     {
-        "$.task_id": EXACT, "$.session_id": UUID, "$.state": regex("^(queued|running|succeeded)$"),
+        "$.budgets": EXACT, "$.task_id": EXACT, "$.session_id": UUID, "$.state": regex("^(queued|running|succeeded)$"),
         "$.queue_position": INTEGER, "$.predicted_start_ms": INTEGER_OR_NULL, "$.backoff_ms": INTEGER_OR_NULL,
     },
 )  # fmt: skip
@@ -191,7 +100,7 @@ TASK = {
     "timeline": {
         "accepted_at": "2025-11-23T04:25:00.123Z", "started_at": "2025-11-23T04:25:00.124Z",
         "first_token_at": "2025-11-23T04:25:00.125Z", "ended_at": "2025-11-23T04:25:00.126Z", "waited_ms": 1,
-        "wait_reasons": [], "attempts": 1,
+        "wait_reasons": [], "attempts": 1, "preemptions": 0,
     },
     "placement": {"pool_id": POOL, "replica_id": f"{POOL}/0", "attempt": 1}, "output": {"text": " Paris."},
     "finish_reason": "length", "usage": {"prompt_tokens": 6, "completion_tokens": 2, "cached_tokens": None},
@@ -201,7 +110,8 @@ TASK_RULES = {
     "$.task_id": EXACT, "$.session_id": EXACT, "$.state": EXACT, "$.model_ref": EXACT, "$.queue_position": EXACT,
     "$.error": EXACT, "$.finish_reason": regex("^(stop|length|stop_sequence)$"), "$.seed": INTEGER,
     "$.predicted_start_ms": INTEGER_OR_NULL, "$.timeline.accepted_at": TIME, "$.timeline.started_at": TIME,
-    "$.timeline.first_token_at": TIME_OR_NULL, "$.timeline.ended_at": TIME, "$.usage.prompt_tokens": INTEGER_OR_NULL,
+    "$.timeline.first_token_at": TIME_OR_NULL, "$.timeline.ended_at": TIME, "$.timeline.preemptions": EXACT,
+    "$.usage.prompt_tokens": INTEGER_OR_NULL,
     "$.usage.completion_tokens": INTEGER_OR_NULL, "$.usage.cached_tokens": INTEGER_OR_NULL,
 }  # fmt: skip
 SUMMARY: dict[str, Any] = {
@@ -217,7 +127,10 @@ POOL_BODY = {
     "id": POOL,
     "route": {"engine": "llamacpp", "model": MODEL, "quant": "default", "ctx": 2048, "sampler_profile_version": "v1"},
     "allow_cpu": True, "notice": None,
-    "queues": [{"priority": "interactive", "capacity": 4, "full_policy": "reject", "depth": 0}],
+    "queues": [
+        {"priority": "interactive", "capacity": 4, "full_policy": "reject", "depth": 0},
+        {"priority": "batch", "capacity": 4, "full_policy": "drop-lru", "depth": 0},
+    ],
     "replicas": {
         "total": 1, "starting": 0, "loading": 0, "ready": 1, "unready": 0, "draining": 0, "stopped": 0, "failed": 0,
     },
@@ -251,7 +164,7 @@ CAPABILITIES = {
 
 STARTED_FRAME = (
     'id: 1\nevent: started\ndata: {"queue_position":0,"predicted_start_ms":null,"waited_ms":1,"pool_id":"pact",'
-    '"replica_id":"pact/0","kv_warmth":null}\n\n'
+    '"replica_id":"pact/0","kv_warmth":null,"affinity":null}\n\n'
 )
 LATER_FRAMES = (
     'id: 2\nevent: token\ndata: {"t":" Paris","i":0}\n\n'
@@ -317,17 +230,19 @@ INTERACTIONS = [
     ),
     Interaction(
         "a task for a full queue", "POST", "/v1/tasks",
-        problem(429, "ADMISSION_REJECT", retriable=True),
+        problem(429, "ADMISSION_REJECT", retriable=True, policy="reject"),
         states=(FULL,), body={**PROMPT, "task_id": FULL_TASK},
-        act=refused("ADMISSION_REJECT", 429, lambda client: client.submit(**{**PROMPT, "task_id": FULL_TASK})),
+        act=refused("ADMISSION_REJECT", 429, lambda client: client.submit(
+            **{**PROMPT, "task_id": FULL_TASK}
+        ), policy="reject"),
     ),
     Interaction(
         "a task for a session without turns", "POST", "/v1/tasks",
-        problem(429, "BUDGET_EXHAUSTED", headers={"Retry-After": ("2", DIGITS), "X-Backoff-Ms": ("1730", DIGITS)}),
+        problem(429, "BUDGET_EXHAUSTED", retriable=True, policy="session-turns", knows_wait=True),
         states=(SPENT,), body={**PROMPT, "task_id": SPENT_TASK, "session_id": SPENT_SESSION},
         act=refused("BUDGET_EXHAUSTED", 429, lambda client: client.submit(
             **{**PROMPT, "task_id": SPENT_TASK, "session_id": SPENT_SESSION}
-        ), advised_wait_s=1.73),
+        ), advised_wait_s=1.73, policy="session-turns"),
     ),
     Interaction(
         "a task that succeeded", "GET", f"/v1/tasks/{SUCCEEDED_TASK}", Reply(200, TASK, TASK_RULES),
@@ -400,6 +315,8 @@ INTERACTIONS = [
     Interaction(
         "the pools", "GET", "/v1/pools",
         Reply(200, {"pools": [POOL_BODY]}, {
+            "$.pools[0].queues[0].priority": EXACT, "$.pools[0].queues[0].full_policy": EXACT,
+            "$.pools[0].queues[1].priority": EXACT, "$.pools[0].queues[1].full_policy": EXACT,
             "$.pools[0].id": EXACT, "$.pools[0].route.model": EXACT, "$.pools[0].route.quant": TEXT_OR_NULL,
             "$.pools[0].notice": TEXT_OR_NULL,
         }),
@@ -443,6 +360,7 @@ INTERACTIONS = [
         }),
         states=(SERVES,), act=returned(lambda client: client.get_capabilities(), api_version="1.0"),
     ),
+    *POLICY_INTERACTIONS,
 ]  # fmt: skip
 
 

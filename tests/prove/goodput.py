@@ -74,9 +74,11 @@ def _agreement(number: int, name: str, tasks: int) -> Figure:
 
 
 def _site(spec: Spec) -> Site:
-    """Engines with the modelled rates, and the queue of the workload."""
+    """Engines with the modelled rates, and the queue with the very settings of the simulation, defaults included."""
     [group] = spec.replicas
-    queue = spec.queue.model_dump(mode="json", exclude_unset=True)
+    settings = spec.queue.model_dump(mode="json")
+    queue = {name: value for name, value in settings.items() if value != {}}
+    queue["edf_default_ms"] = round(queue["edf_default_ms"])
     options = {
         "token_interval_ms": group.decode_s_per_token * 1000,
         "prefill_interval_ms": group.prefill_s_per_token * 1000 * BATCH_TOKENS,

@@ -74,22 +74,8 @@ def _shared(spec: Spec) -> Spec:
 
 
 def _run(name: str, spec: Spec) -> Truth:
-    workload = workload_of(spec)
-    service_s = mean_service_s(spec, workload)
-    slots = sum(group.count * group.slots for group in spec.replicas)
-    hurried = array("d", workload.deadline_s)
-    _draw_deadlines(workload, None, service_s)
-    ours = simulate(spec, workload, POLICIES["ours"])
-    error, starts = _told_error(workload, ours, service_s)
-    reference = _informed_error(workload, ours, service_s, slots)
-    workload.deadline_s[:] = hurried
-    _draw_deadlines(workload, spec.seed, service_s)
-    ours = simulate(spec, workload, POLICIES["ours"])
-    chances = [
-        (told, ours.is_in_time(index))
-        for index, told in enumerate(ours.told.on_time)
-        if not math.isnan(told) and ours.has_ended(index)
-    ]
+    error, reference, starts = _errors(spec)
+    chances = _chances(spec)
     bins = _bins(chances)
     base = sum(was for _, was in chances) / len(chances) if chances else math.nan
     brier = sum((told - was) ** 2 for told, was in chances) / len(chances) if chances else math.nan
@@ -105,6 +91,37 @@ def _run(name: str, spec: Spec) -> Truth:
         worst_gap=max((abs(told - was) for _, told, was in bins), default=math.inf),
         brier_ratio=brier / (base * (1 - base)) if 0 < base < 1 else math.inf,
     )
+
+
+def _errors(spec: Spec) -> tuple[float, float, int]:
+    """Median absolute errors, ours and the reference's, and of how many starts. Without deadlines the load stays."""
+    workload = workload_of(spec)
+    for index in range(len(workload)):
+        workload.deadline_s[index] = math.nan
+    outcome = simulate(spec, workload, POLICIES["ours"])
+    service_s = mean_service_s(spec, workload)
+    slots = sum(group.count * group.slots for group in spec.replicas)
+    error, starts = _told_error(workload, outcome, service_s)
+    return error, _informed_error(workload, outcome, service_s, slots), starts
+
+
+def _chances(spec: Spec) -> list[tuple[float, bool]]:
+    """What every admitted task with a deadline was told, and whether it was in time.
+
+    The deadlines are drawn anew, from nearly none to many service times: those of the file grow with the true length of
+    the output, which the scheduler is not told. Who knows it knows more of such a deadline than a chance can say.
+    """
+    workload = workload_of(spec)
+    service_s, draw = mean_service_s(spec, workload), random.Random(spec.seed)
+    for index, deadline in enumerate(workload.deadline_s):
+        if not math.isnan(deadline):
+            workload.deadline_s[index] = service_s * (0.1 + draw.expovariate(1 / MEAN_DEADLINE))
+    outcome = simulate(spec, workload, POLICIES["ours"])
+    return [
+        (told, outcome.is_in_time(index))
+        for index, told in enumerate(outcome.told.on_time)
+        if not math.isnan(told) and outcome.has_ended(index)
+    ]
 
 
 def _bins(chances: Sequence[tuple[float, bool]]) -> list[tuple[int, float, float]]:
@@ -149,15 +166,3 @@ def _informed_error(workload: Workload, outcome: Outcome, service_s: float, slot
             errors.append(abs((len(waiting) + 1) * service_s / slots - (started - arrival)))
         heapq.heappush(waiting, started)
     return statistics.median(errors)
-
-
-def _draw_deadlines(workload: Workload, seed: int, service_s: float) -> None:
-    """Deadlines from nearly none to many service times, for those tasks that have one in the file.
-
-    Those of the file grow with the true length of the output, which the scheduler is not told: who knows it, knows more
-    of such a deadline than a chance can say.
-    """
-    draw = random.Random(seed)
-    for index, deadline in enumerate(workload.deadline_s):
-        if not math.isnan(deadline):
-            workload.deadline_s[index] = service_s * (0.1 + draw.expovariate(1 / MEAN_DEADLINE))

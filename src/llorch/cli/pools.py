@@ -33,7 +33,10 @@ def _pools(found: list[tuple[Pool, PoolHealth]]) -> Table:
     table = Table("pool", "engine", "model", "quant", "ctx", "state", "ready", "queued", box=None, pad_edge=False)
     for pool, health in found:
         route = pool.route
-        queued = ", ".join(f"{queue.priority.value} {queue.depth}/{queue.capacity}" for queue in pool.queues)
+        queued = ", ".join(
+            f"{queue.priority.value} {queue.depth}/{queue.capacity} ({queue.full_policy.value})"
+            for queue in pool.queues
+        )
         table.add_row(
             pool.id, route.engine.value, route.model, route.quant or "", str(route.ctx), _state(health),
             f"{pool.replicas.ready}/{pool.replicas.total}", queued,

@@ -10,7 +10,20 @@ import click
 from rich.console import Console
 
 from llorch.cli.live import Answer, LiveLine, clean
-from llorch.client import Accepted, ClientError, DurableEvent, End, Event, Queued, Started, Token
+from llorch.cli.words import budgets_left
+from llorch.client import (
+    Accepted,
+    ClientError,
+    DurableEvent,
+    End,
+    Event,
+    Metrics,
+    MetricsFrame,
+    Queued,
+    Started,
+    Token,
+    known,
+)
 
 
 class Show(Protocol):
@@ -53,6 +66,9 @@ class ShowAnswer:
         self._clock = clock
         self._tokens = 0
         self._first_at = 0.0
+        self._place = ""
+        self._chance = ""
+        self._budgets = ""
 
     def wait(self, seconds: float, reason: ClientError) -> None:
         self._line.show(f"{clean(str(reason))} · next try in {seconds:.1f} s")
@@ -62,17 +78,48 @@ class ShowAnswer:
             case Token():
                 self._token(event.text)
             case Accepted(frame=frame):
-                self._line.show(_position(frame.queue_position, frame.predicted_start_ms))
+                self._budgets = budgets_left(known(frame.budgets))
+                self._wait(frame.queue_position, frame.predicted_start_ms)
             case Queued(frame=frame):
-                self._line.show(_position(frame.queue_position, frame.predicted_start_ms, frame.reason.value))
+                self._wait(frame.queue_position, frame.predicted_start_ms, frame.reason.value)
+            case Metrics(frame=frame):
+                self._measured(frame)
             case Started(frame=frame):
-                self._line.show(f"running on {frame.replica_id} · waited {frame.waited_ms} ms")
+                self._place, affinity = "", known(frame.affinity)
+                where = "" if affinity is None else f" · affinity {affinity.value}"
+                self._line.show(f"running on {frame.replica_id} · waited {frame.waited_ms} ms{where}{self._budgets}")
             case End(frame=frame):
                 self.close()
                 ended = f"waited {frame.waited_ms} ms · {frame.finish_reason.value}"
                 self._line.leave(f"{frame.tokens_out} tokens{self._rate()} · {ended}")
             case _:
                 pass
+
+    def _wait(self, position: int, predicted_start_ms: int | None, reason: str = "") -> None:
+        """Where the task waits. One that has tokens already has made room for others."""
+        start = "start unknown" if predicted_start_ms is None else f"start in about {predicted_start_ms / 1000:.1f} s"
+        words = ["preempted" if self._tokens else "queued", f"position {position}", start, reason]
+        self._place = " · ".join(word for word in words if word)
+        self._show_place()
+
+    def _show_place(self) -> None:
+        self._line.show(self._place + self._chance + self._budgets)
+
+    def _measured(self, frame: MetricsFrame) -> None:
+        budgets, chance = known(frame.budgets), known(frame.on_time_probability)
+        if budgets is not None:
+            self._budgets = budgets_left(budgets)
+        if chance is not None:
+            self._chance = f" · in time: {chance:.0%}"
+        match known(frame.preempted):
+            case True:
+                resumable = " · goes on later" if known(frame.resumable) else ""
+                self._line.show(f"preempted by more urgent work{resumable}")
+            case False:
+                self._place = ""
+                self._line.show(f"running again · {self._tokens} tokens so far")
+            case None if self._place:
+                self._show_place()
 
     def _token(self, text: str) -> None:
         now = self._clock()
@@ -95,8 +142,3 @@ class ShowAnswer:
 def _write_exactly(text: str) -> None:
     """Write to stdout at once. `color` keeps what click takes for colors and would leave out of a pipe."""
     click.echo(text, nl=False, color=True)
-
-
-def _position(position: int, predicted_start_ms: int | None, reason: str = "") -> str:
-    prediction = "" if predicted_start_ms is None else f" · start in about {predicted_start_ms / 1000:.1f} s"
-    return f"queued · position {position}{prediction}{f' · {reason}' if reason else ''}"

@@ -10,7 +10,7 @@ import click
 from llorch.cli.connection import Connection, connects
 from llorch.cli.exits import Complaint, Exit, task_complaint
 from llorch.cli.show import Show, ShowAnswer, ShowLines
-from llorch.client import Accepted, AsyncClient, Determinism, ErrorEvent, Event, Priority
+from llorch.client import Accepted, AsyncClient, Determinism, ErrorEvent, Event, OnDeadline, Priority, SessionBudgets
 
 
 @click.command()
@@ -23,8 +23,15 @@ from llorch.client import Accepted, AsyncClient, Determinism, ErrorEvent, Event,
 @click.option("--seed", type=click.IntRange(0, 4294967294), help="Seed of the sampler.")
 @click.option("--strict", is_flag=True, help="Run only where equal inputs give equal tokens.")
 @click.option("--temperature", type=click.FloatRange(0, 5), help="0 always takes the likeliest token.")
+@click.option("--expected-tokens", type=click.IntRange(min=1), help="Tokens that you expect; charged to your share.")
 @click.option("--deadline-ms", type=click.IntRange(min=1), help="Milliseconds until the task must have ended.")
+@click.option(
+    "--on-deadline", type=click.Choice([way.value for way in OnDeadline]), help="What a running task does then."
+)
 @click.option("--session", metavar="UUID", help="The session that the task belongs to.")
+@click.option("--budget-tokens", type=click.IntRange(min=1), help="Tokens, in and out, that a new session may use.")
+@click.option("--budget-time-ms", type=click.IntRange(min=1), help="Milliseconds that its tasks may run.")
+@click.option("--budget-cost", type=click.FloatRange(min=0), help="Cost that they may cause.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line for every event.")
 @connects
 def submit(
@@ -62,7 +69,10 @@ def _prompt(text: str, system: str | None, *, is_raw: bool) -> dict[str, Any]:
 
 def _parameters(*, strict: bool, temperature: float | None, session: str | None, **others: Any) -> dict[str, Any]:
     """The fields of a TaskRequest that were given."""
+    budgets = {kind: others.pop(f"budget_{kind}") for kind in SessionBudgets.model_fields}
     fields = {name: value for name, value in {**others, "session_id": session}.items() if value is not None}
+    if any(value is not None for value in budgets.values()):
+        fields["session_budgets"] = {kind: value for kind, value in budgets.items() if value is not None}
     if strict:
         fields["determinism"] = Determinism.strict
     if temperature is not None:

@@ -8,7 +8,8 @@ from rich.table import Table
 
 from llorch.cli.connection import Connection, connects
 from llorch.cli.live import clean, print_json, table_console
-from llorch.client import Task, TaskState, TaskSummary
+from llorch.cli.words import budgets_left
+from llorch.client import ApiError, ErrorCode, Session, Task, TaskState, TaskSummary, known
 
 PAGE = 200
 
@@ -43,7 +44,12 @@ def status(
         print_json([task]) if as_json else _print_task(task)
         return
     found = asyncio.run(_list(connection, wanted, session, limit))
-    print_json(found) if as_json else _print_list(found)
+    if as_json:
+        print_json(found)
+        return
+    _print_list(found)
+    if session is not None and (kept := asyncio.run(_find_session(connection, session))) is not None:
+        click.echo(f"\n{_session_line(kept)}")
 
 
 async def _get(connection: Connection, task_id: str) -> Task:
@@ -64,6 +70,23 @@ async def _list(connection: Connection, state: TaskState | None, session: str | 
             if cursor is None:
                 break
     return found
+
+
+async def _find_session(connection: Connection, session_id: str) -> Session | None:
+    """The session; None for one that is no longer."""
+    try:
+        async with connection.client() as client:
+            return await client.get_session(session_id)
+    except ApiError as error:
+        if error.code != ErrorCode.NOT_FOUND.value:
+            raise
+        return None
+
+
+def _session_line(session: Session) -> str:
+    ends = f"ends in {session.ttl_ms_remaining / 1000:.0f} s unless used"
+    warm = {True: " · KV cache warm", False: " · KV cache cold", None: ""}[session.kv_warmth]
+    return f"session: {session.turns} of {session.turns_max} turns · {ends}{warm}{budgets_left(session.budgets)}"
 
 
 def _print_task(task: Task) -> None:
@@ -90,6 +113,7 @@ def _facts(task: Task) -> Iterable[tuple[str, str | None]]:
     yield "start in", None if task.predicted_start_ms is None else f"about {task.predicted_start_ms} ms"
     yield "accepted", timeline.accepted_at
     yield "waited", ", ".join([f"{timeline.waited_ms} ms", *(reason.value for reason in timeline.wait_reasons)])
+    yield "preempted", f"{preemptions} times" if (preemptions := known(timeline.preemptions)) else None
     yield "started", timeline.started_at
     yield "first token", timeline.first_token_at
     yield "ended", timeline.ended_at
@@ -102,6 +126,8 @@ def _facts(task: Task) -> Iterable[tuple[str, str | None]]:
     yield "labels", ", ".join(f"{name}={value}" for name, value in task.labels.items()) or None
     if task.error is not None:
         yield "error", f"{task.error.code.value}: {task.error.message}"
+        yield "policy", task.error.policy_label
+        yield "try again", None if task.error.retry_after_ms is None else f"in {task.error.retry_after_ms} ms"
 
 
 def _known(number: int | None) -> str:

@@ -15,6 +15,10 @@ from llorch.domain.task import ANYWHERE, EXACT, Fault, Task, TaskSpec
 from llorch.errors import DeadlineUnmet
 
 
+HOPELESS_CHANCE = 0.05
+"""A smaller chance than this to meet a deadline is none."""
+
+
 @dataclass(slots=True)
 class Victim:
     """A waiting task that loses its place to a newer one, and what it ends with."""
@@ -53,8 +57,7 @@ class Admission:
             return self._until_place(room.refusal, task)
         self._queue.push(task)
         self._forecast.tell(task, now)
-        chance = task.on_time_probability
-        if chance is not None and chance < self._policy.feasible_probability:
+        if self._is_infeasible(task.on_time_probability):
             self._queue.remove(task)
             return self._infeasible(task)
         self._ledger.reserve(spec, claim, now)
@@ -72,8 +75,17 @@ class Admission:
         """Started now, the task would not end before its deadline, as far as can be told."""
         if task.spec.deadline_s is None or task.attempts:
             return False
-        chance = self._forecast.on_time(task, AT_ONCE, now)
-        return chance is not None and chance < self._policy.feasible_probability
+        return self._is_infeasible(self._forecast.on_time(task, AT_ONCE, now))
+
+    def _is_infeasible(self, chance: float | None) -> bool:
+        """To run in vain harms others that wait; where nobody else does, only what is all but impossible is refused.
+
+        The task itself waits, too, when this is asked.
+        """
+        if chance is None:
+            return False
+        least = self._policy.feasible_probability
+        return chance < (least if len(self._queue) > 1 else min(least, HOPELESS_CHANCE))
 
     def _claim(self, spec: TaskSpec) -> Claim:
         prices = self._policy.prices

@@ -110,7 +110,7 @@ class _Source:
                 priority=traffic.priority,
                 expected_tokens=self._expected(output),
                 session=None if traffic.turns == 1 else f"{self._part}-{number // traffic.turns}",
-                deadline_s=self._deadline(prompt, output),
+                deadline_s=self._deadline(prompt),
             )
             yield arrival_s, number / traffic.share, source, entry
 
@@ -139,11 +139,12 @@ class _Source:
             case tokens:
                 return min(tokens, self.typical.max_tokens)
 
-    def _deadline(self, prompt: int, output: int) -> float | None:
+    def _deadline(self, prompt: int) -> float | None:
+        """Whoever sets a deadline knows the prompt and how long answers usually are, not how long this one will be."""
         deadline, uniform = self.traffic.deadline, self._random.random
         if deadline is None or uniform() >= deadline.fraction:
             return None
-        return _draw(deadline.slack, uniform) * self._engine.service_s(prompt, output) + deadline.extra_s
+        return _draw(deadline.slack, uniform) * self._engine.service_s(prompt, round(self.typical.output_tokens)) + deadline.extra_s
 
 
 def _sources(spec: Spec) -> list[_Source]:

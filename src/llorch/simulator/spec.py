@@ -87,7 +87,7 @@ class Arrivals(Section):
 
 
 class Deadline(Section):
-    """`slack` times the time that the task takes on an idle replica of the first group, plus `extra_s`.
+    """`slack` times what its prompt and a usual answer take on an idle replica of the first group, plus `extra_s`.
 
     This `fraction` of the tasks has one.
     """
@@ -163,7 +163,7 @@ class Queue(Section):
     edf_default_ms: Positive = 60_000.0
     level_weights: dict[Priority, Positive] = Field(default_factory=dict)
     token_cost: TokenCost = TokenCost()
-    feasible_probability: Annotated[float, Field(ge=0, le=1)] = 0.05
+    feasible_probability: Annotated[float, Field(ge=0, le=1)] = 0.7
 
     def bounds(self) -> dict[Priority, int]:
         """Tasks that may wait, by priority."""

@@ -47,7 +47,7 @@ SUMMARY: dict[str, Any] = {
     "model_ref": "tiny", "engine": "llamacpp", "accepted_at": "2025-11-23T04:25:00Z", "ended_at": None,
     "finish_reason": None, "error_code": None, "labels": {},
 }  # fmt: skip
-TASK_BODY = {
+TASK_BODY: dict[str, Any] = {
     "task_id": TASK_ID, "session_id": TASK_ID, "state": "succeeded", "workload": "completion", "priority": "batch",
     "model_ref": "tiny", "engine": "llamacpp", "determinism": "strict", "seed": 7, "labels": {"app": "\x1b[2Jdocs"},
     "queue_position": None, "predicted_start_ms": None,
@@ -96,15 +96,24 @@ def test_submit_sends_every_option(server: ScriptedServer) -> None:
     result = run(
         server, "submit", "Hi", "--model", "big", "--system", "Be brief.", "--max-tokens", "5", "--priority", "batch",
         "--seed", "7", "--strict", "--temperature", "0", "--deadline-ms", "900", "--session", session,
+        "--expected-tokens", "3", "--on-deadline", "abort", "--budget-tokens", "90", "--budget-time-ms", "1500",
+        "--budget-cost", "0.5",
     )  # fmt: skip
     assert result.exit_code == 0
     assert submitted(server) == {
         "model_ref": "big",
         "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}],
         "max_tokens": 5, "priority": "batch", "seed": 7, "determinism": "strict", "sampling": {"temperature": 0.0},
-        "deadline_ms": 900, "session_id": session,
+        "deadline_ms": 900, "session_id": session, "expected_tokens": 3, "on_deadline": "abort",
+        "session_budgets": {"tokens": 90, "time_ms": 1500, "cost": 0.5},
     }  # fmt: skip
     assert server.seen("GET", "/v1/capabilities") == []
+
+
+def test_submit_sends_no_budget_that_was_not_given(server: ScriptedServer) -> None:
+    serve_task(server, *WHOLE)
+    assert run(server, "submit", "Hi", "--budget-cost", "2").exit_code == 0
+    assert submitted(server)["session_budgets"] == {"cost": 2.0}
 
 
 def test_submit_reads_stdin_and_raw_is_a_prompt(server: ScriptedServer) -> None:
@@ -156,7 +165,8 @@ def test_a_task_that_ends_in_an_error_decides_the_exit_code(
     ("status", "code", "exit_code"),
     [
         (400, "INVALID_PARAMS", 2), (401, "UNAUTHENTICATED", 5), (403, "FORBIDDEN", 5), (404, "NOT_FOUND", 3),
-        (409, "CONFLICT", 2), (410, "STREAM_GONE", 3), (413, "PAYLOAD_TOO_LARGE", 2), (422, "DEADLINE_UNMET", 2),
+        (409, "CONFLICT", 2), (410, "STREAM_GONE", 3), (413, "PAYLOAD_TOO_LARGE", 2), (422, "DEADLINE_UNMET", 4),
+        (422, "INVALID_PARAMS", 2), (429, "BUDGET_EXHAUSTED", 4), (429, "QUOTA_EXCEEDED", 4),
         (429, "ADMISSION_REJECT", 4), (500, "INTERNAL", 1), (503, "POOL_UNREADY", 4),
     ],
 )  # fmt: skip
@@ -176,6 +186,26 @@ def test_a_refusal_tells_when_to_come_back(server: ScriptedServer) -> None:
     server.on("POST", CANCEL, full)
     result = run(server, "cancel", TASK_ID, "--patience", "0")
     assert "Try again in 1.7 s" in result.stderr
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "advice", "hint"),
+    [
+        (422, "DEADLINE_UNMET", {"X_Backoff_Ms": "2600"}, "Try again in 2.6 s, or give it a longer --deadline-ms."),
+        (422, "DEADLINE_UNMET", {}, "Try again later, or give it a longer --deadline-ms."),
+        (429, "BUDGET_EXHAUSTED", {"Retry_After": "412"}, "Try again in 412.0 s, or use another session."),
+        (429, "BUDGET_EXHAUSTED", {}, "Try again later, or use another session."),
+        (429, "QUOTA_EXCEEDED", {"X_Backoff_Ms": "240"}, "Try again in 0.2 s, or wait longer with --patience."),
+    ],
+)
+def test_a_refusal_of_a_policy_tells_what_helps(
+    server: ScriptedServer, status: int, code: str, advice: dict[str, str], hint: str
+) -> None:
+    server.on("POST", "/v1/tasks", problem(status, code, retriable=True, **advice))
+    result = run(server, "submit", "--model", "tiny", "Hi", "--patience", "0")
+    assert result.exit_code == Exit.REFUSED
+    assert result.stderr.endswith(f"{hint}\n")
     assert len(server.requests) == 1
 
 
@@ -211,6 +241,36 @@ def test_status_shows_a_task_without_letting_it_steer_the_terminal(server: Scrip
     assert "\x1b" not in result.stdout
 
 
+def test_status_tells_why_a_task_lost_its_place(server: ScriptedServer) -> None:
+    error = {**FAILURE, "code": "QUEUE_FULL_DROP_LRU", "retry_after_ms": 2210, "policy_label": "drop-lru"}
+    timeline = {**TASK_BODY["timeline"], "preemptions": 2, "wait_reasons": ["quota"]}
+    server.on("GET", TASK, body({**TASK_BODY, "state": "failed", "error": error, "timeline": timeline}))
+    shown = {
+        line.partition("  ")[0]: line.partition("  ")[2].strip()
+        for line in run(server, "status", TASK_ID).stdout.splitlines()
+    }
+    assert (shown["preempted"], shown["waited"]) == ("2 times", "240 ms, quota")
+    assert shown["error"].startswith("QUEUE_FULL_DROP_LRU: ")
+    assert (shown["policy"], shown["try again"]) == ("drop-lru", "in 2210 ms")
+
+
+def test_status_of_a_session_tells_what_is_left_of_it(server: ScriptedServer) -> None:
+    session = "0b9f5a6c-77de-4c51-8f0e-5a3c2e1d4b60"
+    server.on("GET", "/v1/tasks", body({"tasks": [SUMMARY], "next_cursor": None}))
+    kept = {
+        "session_id": session, "ttl_ms_remaining": 534210, "turns": 2, "turns_max": 8, "kv_bytes": None,
+        "kv_warmth": True, "budgets": {"tokens": 18211, "time_ms": None, "cost": 4.25},
+    }  # fmt: skip
+    server.on("GET", f"/v1/sessions/{session}", body(kept), problem(404, "NOT_FOUND"))
+    *_, last = run(server, "status", "--session", session).stdout.splitlines()
+    assert last == (
+        "session: 2 of 8 turns · ends in 534 s unless used · KV cache warm · session has 18211 tokens, cost 4.25 left"
+    )
+    _, row = run(server, "status", "--session", session).stdout.splitlines()
+    assert row.startswith(TASK_ID)
+    assert [json.loads(run(server, "status", "--session", session, "--json").stdout)] == [SUMMARY]
+
+
 def test_status_json_is_the_task(server: ScriptedServer) -> None:
     server.on("GET", TASK, body(TASK_BODY))
     assert json.loads(run(server, "status", TASK_ID, "--json").stdout) == TASK_BODY
@@ -242,7 +302,10 @@ def _serve_pools(server: ScriptedServer) -> tuple[dict[str, Any], dict[str, Any]
         "id": "small",
         "route": {"engine": "llamacpp", "model": "tiny", "quant": None, "ctx": 2048, "sampler_profile_version": "v1"},
         "allow_cpu": True, "notice": "CPU demonstration, not for production",
-        "queues": [{"priority": "interactive", "capacity": 64, "full_policy": "reject", "depth": 3}],
+        "queues": [
+            {"priority": "interactive", "capacity": 64, "full_policy": "reject", "depth": 3},
+            {"priority": "batch", "capacity": 64, "full_policy": "drop-lru", "depth": 0},
+        ],
         "replicas": {**counts, "total": 1, "ready": 1},
     }  # fmt: skip
     error = {"code": "POOL_UNREADY", "message": "connection refused", "at": "2025-11-23T04:25:00Z"}
@@ -263,7 +326,7 @@ def _serve_pools(server: ScriptedServer) -> tuple[dict[str, Any], dict[str, Any]
 def test_pools_shows_health_slots_errors_and_the_cpu_notice(server: ScriptedServer) -> None:
     _serve_pools(server)
     shown = run(server, "pools").stdout
-    assert "interactive 3/64" in shown
+    assert "interactive 3/64 (reject), batch 0/64 (drop-lru)" in shown
     assert "1/2" in shown
     assert "b6500 (measured)" in shown
     assert "POOL_UNREADY: connection refused" in shown

@@ -74,8 +74,8 @@ class Screen:
         self.column += 1
 
 
-def _environment(server: ScriptedServer) -> dict[str, str]:
-    return {**os.environ, "LLORCH_URL": server.url, "TERM": "xterm", "COLUMNS": str(WIDTH)}
+def _environment(server: ScriptedServer, width: int = WIDTH) -> dict[str, str]:
+    return {**os.environ, "LLORCH_URL": server.url, "TERM": "xterm", "COLUMNS": str(width)}
 
 
 @contextmanager
@@ -124,9 +124,35 @@ def test_on_a_terminal_the_answer_grows_above_a_live_line(server: ScriptedServer
     assert summary.startswith("2 tokens · ")
     assert summary.endswith("waited 3 ms · stop")
     assert rest == ""
+    assert "queued · position 3 · start unknown" in screen.seen
     assert "queued · position 3 · start in about 1.5 s · slots_busy" in screen.seen
     assert "running on small/0 · waited 3 ms" in screen.seen
     assert any(re.fullmatch(r"7 tokens · \d+\.\d tokens/s", line) for line in screen.seen)
+
+
+def test_waiting_is_told_as_the_server_tells_it(server: ScriptedServer) -> None:
+    """ORCH-3269, ORCH-2047: place, predicted start, reason, the chance of the deadline, budgets, and making room."""
+    first, *rest = transcript("a", "b")
+    chance = frame(None, "metrics", {"queue_depth": 4, "on_time_probability": 0.93})
+    later = frame(None, "queued", {"queue_position": 0, "predicted_start_ms": None, "reason": "quota"})
+    budgets = frame(None, "metrics", {"budgets": {"tokens": 90, "time_ms": 1500, "cost": 0.25}})
+    preempted = frame(None, "metrics", {"queue_depth": 1, "preempted": True, "resumable": True})
+    goes_on = frame(None, "metrics", {"preempted": False, "affinity": "hit", "kv_warmth": True})
+    _serve(server, QUEUED, chance, later, budgets, first, rest[0], preempted, later, goes_on, *rest[1:])
+    with _terminal() as (ours, theirs):
+        process = subprocess.Popen(
+            SUBMIT, env=_environment(server, width=120), stdout=subprocess.DEVNULL, stderr=theirs
+        )
+        os.close(theirs)
+        shown = _read_all(ours)
+        assert process.wait(10) == 0
+    told = ["start in about 1.5 s · slots_busy", "slots_busy · in time: 93%", "position 0 · start unknown · quota",
+            "quota · in time: 93% · session has 90 tokens, 1.5 s, cost 0.25 left", "running on small/0",
+            "preempted by more urgent work · goes on later", "preempted · position 0 · start unknown · quota",
+            "running again · 1 tokens so far", "2 tokens · "]  # fmt: skip
+    places = [shown.find(words) for words in told]
+    assert -1 not in places, (told[places.index(-1)], shown)
+    assert places == sorted(places), shown
 
 
 def test_only_a_terminal_on_stderr_gets_the_live_line_and_the_answer_stays_exact(server: ScriptedServer) -> None:

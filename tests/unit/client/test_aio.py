@@ -1,5 +1,6 @@
 """ORCH-2006, ORCH-2007, ORCH-2009: single calls, their errors, and when they are sent again."""
 
+import json
 import uuid
 from typing import Any
 
@@ -15,6 +16,7 @@ from llorch.client import (
     TaskState,
     Timeouts,
     Unreachable,
+    known,
 )
 from llorch.client import patience as pacing
 from tests.unit.client.scripted_server import (
@@ -121,12 +123,41 @@ async def test_a_refusal_beyond_patience_is_told_at_once(server: ScriptedServer,
     assert len(server.requests) == 1
 
 
-async def test_a_refusal_that_time_does_not_mend_is_not_waited_for(server: ScriptedServer) -> None:
-    server.on("POST", TASKS, problem(429, "BUDGET_EXHAUSTED", retriable=False, Retry_After="0"))
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        problem(429, "ADMISSION_REJECT", retriable=False, Retry_After="0"),
+        problem(429, "BUDGET_EXHAUSTED", retriable=True),
+        problem(422, "DEADLINE_UNMET", retriable=True, Retry_After="0"),
+    ],
+    ids=["not retriable", "nobody knows when", "the deadline counts from acceptance"],
+)
+async def test_a_refusal_that_waiting_does_not_mend_is_told_at_once(server: ScriptedServer, refusal: Reply) -> None:
+    server.on("POST", TASKS, refusal)
     async with AsyncClient(server.url) as client:
         with pytest.raises(ApiError):
             await client.submit(model_ref="m", prompt="p")
     assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("code", ["BUDGET_EXHAUSTED", "QUOTA_EXCEEDED"])
+async def test_a_limit_that_is_soon_lifted_is_waited_for(server: ScriptedServer, code: str) -> None:
+    server.on("POST", TASKS, problem(429, code, retriable=True, X_Backoff_Ms="1"), accepted())
+    async with AsyncClient(server.url) as client:
+        await client.submit(model_ref="m", prompt="p")
+    assert len(server.requests) == 2
+
+
+async def test_an_acceptance_tells_what_is_left_of_the_budgets(server: ScriptedServer) -> None:
+    told = {"tokens": 18211, "time_ms": None, "cost": 4.25}
+    without = json.loads(accepted().pieces[0])
+    server.on("POST", TASKS, body({**without, "budgets": told}, 202), body(without, 202))
+    async with AsyncClient(server.url) as client:
+        first, second = [await client.submit(model_ref="m", prompt="p") for _ in range(2)]
+    budgets = known(first.budgets)
+    assert budgets is not None
+    assert (budgets.tokens, budgets.time_ms, budgets.cost) == (18211, None, 4.25)
+    assert known(second.budgets) is None
 
 
 async def test_a_refusal_by_a_proxy_without_an_envelope_is_waited_for_too(server: ScriptedServer) -> None:

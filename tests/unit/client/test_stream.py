@@ -8,11 +8,13 @@ import pytest
 
 from llorch.client import (
     Accepted,
+    Affinity,
     ApiError,
     AsyncClient,
     End,
     ErrorEvent,
     Event,
+    Metrics,
     ProtocolFault,
     Queued,
     Started,
@@ -20,6 +22,8 @@ from llorch.client import (
     Timeouts,
     Token,
     Unreachable,
+    WaitReason,
+    known,
 )
 from llorch.client import patience as pacing
 from tests.unit.client.scripted_server import (
@@ -73,6 +77,28 @@ async def test_every_event_comes_typed_and_in_order(server: ScriptedServer, clie
     assert _text(events) == "Hello, wörld"
     assert server.requests[0].headers["authorization"] == "Bearer llk_test"
     assert "last-event-id" not in server.requests[0].headers
+
+
+async def test_advice_is_typed_and_what_is_left_out_is_unknown(server: ScriptedServer, client: AsyncClient) -> None:
+    """ORCH-2011, ORCH-2047: also of a task that made room; what this client does not know yet is left out."""
+    first, *rest = WHOLE
+    waiting = frame(None, "queued", {"queue_position": 0, "predicted_start_ms": 40, "reason": "quota"})
+    budgets = {"tokens": 90, "time_ms": None, "cost": 0.5}
+    chance = frame(None, "metrics", {"queue_depth": 4, "on_time_probability": 0.93, "budgets": budgets, "new": 1})
+    preempted = frame(None, "metrics", {"queue_depth": 1, "preempted": True, "resumable": True})
+    goes_on = frame(None, "metrics", {"preempted": False, "affinity": "repin", "kv_warmth": False})
+    server.on("GET", STREAM, stream(waiting, chance, first, rest[0], preempted, waiting, goes_on, *rest[1:]))
+    events = await _read(client)
+    assert [event.frame.reason for event in events if isinstance(event, Queued)] == [WaitReason.quota] * 2
+    told, broken_off, resumed = [event.frame for event in events if isinstance(event, Metrics)]
+    assert (known(told.queue_depth), known(told.on_time_probability), known(told.preempted)) == (4, 0.93, None)
+    left = known(told.budgets)
+    assert left is not None
+    assert (left.tokens, left.time_ms, left.cost) == (90, None, 0.5)
+    assert (known(broken_off.preempted), known(broken_off.resumable), known(broken_off.affinity)) == (True, True, None)
+    assert (known(resumed.preempted), known(resumed.affinity)) == (False, Affinity.repin)
+    assert known(resumed.kv_warmth) is False
+    assert _text(events) == "Hello, wörld"
 
 
 @pytest.mark.parametrize("cut", range(0, len(b"".join(WHOLE)), 7))

@@ -109,12 +109,13 @@ def test_outputs_stay_within_max_tokens_and_expectations_are_as_asked() -> None:
     assert set(told[50].expected_tokens) == {50}
 
 
-def test_deadlines_are_slack_times_service_and_extra() -> None:
+def test_deadlines_are_slack_times_the_usual_service_and_extra() -> None:
     workload = one(deadline={"slack": 3, "extra_s": 2, "fraction": 0.5})
     given = [index for index, deadline in enumerate(workload.deadline_s) if not math.isnan(deadline)]
     assert len(given) / len(workload) == pytest.approx(0.5, abs=0.03)
-    for index in given[:50]:
-        assert workload.deadline_s[index] == pytest.approx(3 * workload.output_tokens[index] * 0.01 + 2)
+    usual = fmean(workload.output_tokens)
+    for index in given[:50]:  # nobody knows beforehand how long this one answer will be
+        assert workload.deadline_s[index] == pytest.approx(3 * usual * 0.01 + 2, rel=0.1)
 
 
 def test_turns_share_a_session() -> None:
