@@ -39,7 +39,7 @@ Feature: Bad input
       | {"model_ref": "duo", "prompt": "a", "max_tokens": 4, "expected_tokens": 5} | 422 | INVALID_PARAMS    | expected_tokens  |
       | {"model_ref": "duo", "prompt": "a", "sampler_profile_version": "v9"}    | 422    | INVALID_PARAMS    | v9               |
       | {"model_ref": "duo", "prompt": "a", "determinism": "strict"}            | 422    | INVALID_PARAMS    | strict           |
-      | {"model_ref": "duo", "prompt": "a", "session_budgets": {"tokens": 9}}   | 422    | INVALID_PARAMS    | budgets          |
+      | {"model_ref": "duo", "prompt": "a", "session_budgets": {"gold": 9}}     | 400    | INVALID_PARAMS    | gold             |
       | {"model_ref": "duo", "prompt": "a", "sampling": {"grammar": "root ::= [a]", "json_schema": {}}} | 422 | INVALID_PARAMS | grammar |
     And "running" is running
     And Alice has nothing but "running" that is not final

@@ -70,13 +70,13 @@ Feature: A reader who leaves
   @ORCH-2011 @FAULT-27
   Scenario: A stream is not silent while its task waits
     Given solo holds its tokens
-    When Bob submits "ahead 1" to solo
-    And Bob submits "ahead 2" to solo
+    When Alice submits "ahead 1" to solo
+    And Alice submits "ahead 2" to solo
     And Alice submits "waits" to solo
     And Alice follows "waits"
     Then Alice is told that "waits" is queued at position 1 because of tasks_ahead
     And Alice gets 2 heartbeats on "waits" within 3 s
-    When Bob cancels "ahead 2"
+    When Alice cancels "ahead 2"
     Then Alice is told that "waits" is queued at position 0 because of slots_busy
 
   @ORCH-3205

@@ -25,7 +25,7 @@ Feature: Fair shares
 
   @ORCH-3075
   Scenario: Who sends long prompts gets fewer of them served
-    When Alice submits 3 tasks "long" to fair with prompts of 120 words
+    When Alice submits 4 tasks "long" to fair with prompts of 120 words
     And Bob submits 12 tasks "short" to fair with prompts of 12 words
     And fair lets everything go on
     And all of them have ended

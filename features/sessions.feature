@@ -12,7 +12,7 @@ Feature: Sessions
     And Alice submits "four" to duo in session "s"
     Then the answer is 429 BUDGET_EXHAUSTED
     And the problem names the policy session-turns
-    And Retry-After is what remains of the session "s"
+    And Retry-After is what remains of the session "s", and up to half of it more
 
   @ORCH-2043 @FAULT-07
   Scenario: Simultaneous submissions cannot overrun the turns

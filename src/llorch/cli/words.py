@@ -12,4 +12,4 @@ def budgets_left(budgets: BudgetsRemaining | None) -> str:
         None if budgets.time_ms is None else f"{budgets.time_ms / 1000:.1f} s",
         None if budgets.cost is None else f"cost {budgets.cost:g}",
     ]
-    return f" · session has {', '.join(word for word in words if word)} left"
+    return f" · budget left: {', '.join(word for word in words if word)}"

@@ -67,9 +67,12 @@ class Admission:
 
     def backoff_s(self, task: Task) -> float | None:
         """After how many seconds the flow's next submission takes no more than its fair share of places."""
-        excess = self._queue.waiting(task.priority, task.key[0]) + 1 - self._queue.share_of(task.priority, task.key[0])
+        priority, tenant = task.spec.priority, task.spec.key[0]
+        excess = self._queue.waiting(priority, tenant) + 1 - self._queue.share_of(priority, tenant)
+        if excess <= 0.0:
+            return 0.0 if self._forecast.is_known else None
         place_s = self._forecast.place_s(task)
-        return None if place_s is None else max(0.0, excess * place_s)
+        return None if place_s is None else excess * place_s
 
     def is_hopeless(self, task: Task, now: float) -> bool:
         """Started now, the task would not end before its deadline, as far as can be told."""

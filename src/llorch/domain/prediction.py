@@ -25,6 +25,7 @@ _MOST = 1e12  # seconds or tokens: no measurement lies beyond, and squares would
 _NOTHING = 1e-9  # seconds, tokens or cost that are as good as none
 _FLAT = 1e-9  # relative variance below which a number counts as one that does not vary
 _LONG_TAIL = 1.5  # squared coefficient of variation that exponential times do not reach by chance
+_CERTAIN = 12.0  # deviations above the mean beyond which less than one in 100,000 of exponential times lies
 _SQRT_HALF = sqrt(0.5)
 _NEVER = -40.0  # deviations below which nothing lies
 
@@ -322,6 +323,8 @@ def probability_within(estimate: Estimate, seconds: float, then: Estimate | None
     if mean <= _NOTHING or var <= _FLAT * mean * mean:
         return 1.0 if seconds >= mean else 0.0
     deviation = sqrt(var)
+    if seconds > mean + _CERTAIN * deviation:
+        return 1.0
     skew = heaviness * third / (var * deviation)
     z = (seconds - mean) / deviation
     normal = _normal_of_gamma(z, skew) if heaviness == 2.0 else _normal_of_lognormal(z, skew)

@@ -63,19 +63,18 @@ class Scheduler:
 
     def handle(self, event: ev.Event, now: float) -> list[ev.Command]:
         """Take in a fact and answer with the orders that follow. `now` is in seconds, never smaller than before."""
-        match event:
-            case ev.TokensProduced():
-                self.runs.note_tokens(event)
-                return []
-            case ev.FirstToken():
-                self.runs.note_first_token(event, now)
-                return []
-            case ev.FollowerJoined():
-                self._join(event.task)
-                return []
-            case ev.FollowerLeft():
-                self._leave(event.task, now)
-                return []
+        if isinstance(event, ev.TokensProduced):  # no match: two thirds of all events are this or the next
+            self.runs.note_tokens(event)
+            return []
+        if isinstance(event, ev.FirstToken):
+            self.runs.note_first_token(event, now)
+            return []
+        if isinstance(event, ev.FollowerJoined):
+            self._join(event.task)
+            return []
+        if isinstance(event, ev.FollowerLeft):
+            self._leave(event.task, now)
+            return []
         commands = self._decide(event, now)
         self._fire_timers(now, commands)
         if len(self.queue):

@@ -6,6 +6,7 @@ Owns the state machine as data. Knows nothing of prompts, tokens' texts, HTTP or
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
+from typing import NamedTuple
 
 from llorch.errors import LlorchError
 
@@ -124,8 +125,7 @@ class Budgets:
     cost: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
+class Estimate(NamedTuple):
     """A time to come, in seconds: its mean and its variance (s squared)."""
 
     mean_s: float

@@ -264,7 +264,7 @@ def test_status_of_a_session_tells_what_is_left_of_it(server: ScriptedServer) ->
     server.on("GET", f"/v1/sessions/{session}", body(kept), problem(404, "NOT_FOUND"))
     *_, last = run(server, "status", "--session", session).stdout.splitlines()
     assert last == (
-        "session: 2 of 8 turns · ends in 534 s unless used · KV cache warm · session has 18211 tokens, cost 4.25 left"
+        "session: 2 of 8 turns · ends in 534 s unless used · KV cache warm · budget left: 18211 tokens, cost 4.25"
     )
     _, row = run(server, "status", "--session", session).stdout.splitlines()
     assert row.startswith(TASK_ID)

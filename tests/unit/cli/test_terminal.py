@@ -9,6 +9,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
+
+from llorch.cli import show
 from llorch.cli.exits import Exit
 from tests.unit.client.scripted_server import (
     CANCELED,
@@ -147,7 +150,7 @@ def test_waiting_is_told_as_the_server_tells_it(server: ScriptedServer) -> None:
         shown = _read_all(ours)
         assert process.wait(10) == 0
     told = ["start in about 1.5 s · slots_busy", "slots_busy · in time: 93%", "position 0 · start unknown · quota",
-            "quota · in time: 93% · session has 90 tokens, 1.5 s, cost 0.25 left", "running on small/0",
+            "quota · in time: 93% · budget left: 90 tokens, 1.5 s, cost 0.25", "running on small/0",
             "preempted by more urgent work · goes on later", "preempted · position 0 · start unknown · quota",
             "running again · 1 tokens so far", "2 tokens · "]  # fmt: skip
     places = [shown.find(words) for words in told]
@@ -204,3 +207,11 @@ def test_an_answer_that_nobody_reads_any_more_cancels_the_task(server: ScriptedS
     assert process.stderr.read() == b""
     process.stderr.close()
     assert _cancels(server) == 1
+
+
+@pytest.mark.parametrize(
+    ("chance", "told"),
+    [(0, "under 1%"), (0.0099, "under 1%"), (0.5, "50%"), (0.99, "99%"), (0.9951, "over 99%"), (1, "over 99%")],
+)
+def test_a_chance_is_never_told_as_certain(chance: float, told: str) -> None:
+    assert show._percent(chance) == told

@@ -251,12 +251,16 @@ def test_preempted_task_pays_its_prompt_once_and_only_the_rest_of_its_output() -
 def test_backlogged_flows_are_served_within_the_bound_of_virtual_token_counters(
     weights: tuple[float, float], slots: int, sizes: list[tuple[int, int, int]]
 ) -> None:
-    """With refunds and overshoot of the expected output: what was served in truth is compared."""
+    """With refunds and overshoot of the expected output: what was served in truth is compared.
+
+    The bound of the source, and what is produced between two reports.
+    """
     line = Line(weights=dict(zip("ab", weights, strict=True)))
     served = {"a": 0.0, "b": 0.0}
     draws = {tenant: (sizes[(number + shift) % len(sizes)] for number in count()) for shift, tenant in enumerate("ab")}
     running: list[tuple[Task, int]] = []
-    bound = 2 * max(1.0 * 200, 2.0 * slots * 40) / min(weights)
+    step_most = 7
+    bound = (2 * max(1.0 * 200, 2.0 * slots * 40) + 2.0 * slots * step_most) / min(weights)
     for _ in range(80):
         for tenant in "ab":
             while line.queue.waiting(INTERACTIVE, tenant) < 3:
@@ -270,7 +274,7 @@ def test_backlogged_flows_are_served_within_the_bound_of_virtual_token_counters(
             running.append((task, sizes[task.order % len(sizes)][2]))
         for entry in list(running):
             task, length = entry
-            task.tokens_out += (step := min(7, length - task.tokens_out))
+            task.tokens_out += (step := min(step_most, length - task.tokens_out))
             served[task.key[0]] += 2.0 * step
             line.queue.charge(task)
             if task.tokens_out == length:
