@@ -123,6 +123,12 @@ class BudgetExhausted(LlorchError):
     retriable = True
 
 
+class BudgetTooSmall(BudgetExhausted):
+    """The whole budget of the session is less than the task may need."""
+
+    retriable = False
+
+
 class DeadlineUnmet(LlorchError):
     """The deadline passed before the task could end."""
 

@@ -38,6 +38,7 @@ STATUS: dict[type[LlorchError], HTTPStatus] = {
     errors.QueueFullDropLru: HTTPStatus.TOO_MANY_REQUESTS,
     errors.QuotaExceeded: HTTPStatus.TOO_MANY_REQUESTS,
     errors.BudgetExhausted: HTTPStatus.TOO_MANY_REQUESTS,
+    errors.BudgetTooSmall: HTTPStatus.TOO_MANY_REQUESTS,
     errors.PoolUnready: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.PoolUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.ReplicaExhausted: HTTPStatus.SERVICE_UNAVAILABLE,

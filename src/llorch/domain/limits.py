@@ -11,7 +11,7 @@ from math import ceil, inf, isclose
 
 from llorch.domain.policy import Quota
 from llorch.domain.task import Budgets, Fault, Priority, SessionKey, TaskKey
-from llorch.errors import BudgetExhausted, QuotaExceeded
+from llorch.errors import BudgetExhausted, BudgetTooSmall, QuotaExceeded
 
 _TOLERANCE_S = 1e-6
 """Sums of floats miss by less; a bucket that lets a request in so much too early charges it all the same."""
@@ -173,14 +173,15 @@ class Budget:
 
     def refusal(self, amount: float, ends_in_ms: int | None) -> Fault:
         """Why it may not have so much: it never could, too much is spent (until the session ends), or reserved."""
+        kind: type[BudgetExhausted] = BudgetExhausted
         if amount > self._ceiling:
-            what, again = "the whole budget is less than the task may need", None
+            kind, what, again = BudgetTooSmall, "the whole budget is less than the task may need", None
         elif amount > self._ceiling - self.spent:
             what, again = "the budget is spent", ends_in_ms
         else:
             what, again = "tasks that are not over have reserved it", None
         message = f"{what}: {_told(self.limit)} in all, {_told(self.spent)} spent, {_told(self.reserved)} reserved"
-        return Fault(BudgetExhausted, message, policy_label=self.label, retry_after_ms=again)
+        return Fault(kind, message, policy_label=self.label, retry_after_ms=again)
 
 
 Account = Gauge | Bucket | Budget

@@ -76,7 +76,11 @@ class Sessions:
             return None if budgets is None else SessionBudgets(key, budgets).refusal(claim, now, now)
         known = session.budgets
         if budgets is not None and not _agree(known, budgets):
-            return Fault(InvalidParams, "the budgets of a session are set by its first task, and these are others")
+            return Fault(
+                InvalidParams,
+                "the budgets of a session are set by its first task, and these are others",
+                details={"path": "/session_budgets"},
+            )
         if session.turns >= self.limits.turns:
             return Fault(
                 BudgetExhausted,

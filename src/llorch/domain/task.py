@@ -81,7 +81,7 @@ class Fault:
     message: str = ""
     policy_label: str | None = None
     retry_after_ms: int | None = None
-    details: Mapping[str, int] | None = None
+    details: Mapping[str, int | str] | None = None
 
     def error(self, *, engine: str | None = None, pool_id: str | None = None) -> LlorchError:
         """The error to raise or to show for it."""

@@ -144,7 +144,10 @@ class _Source:
         deadline, uniform = self.traffic.deadline, self._random.random
         if deadline is None or uniform() >= deadline.fraction:
             return None
-        return _draw(deadline.slack, uniform) * self._engine.service_s(prompt, round(self.typical.output_tokens)) + deadline.extra_s
+        return (
+            _draw(deadline.slack, uniform) * self._engine.service_s(prompt, round(self.typical.output_tokens))
+            + deadline.extra_s
+        )
 
 
 def _sources(spec: Spec) -> list[_Source]:

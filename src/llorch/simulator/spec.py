@@ -334,6 +334,10 @@ def _change(tree: dict[str, Any], change: str) -> None:
     steps = path.split(".")
     if not sign or not all(steps):
         raise ConfigError(f"--set {change}: expected path.to.setting=value")
+    if steps[0] == "tenants" and len(steps) > 2 and "workload" not in tree:  # whose file may have other tenants
+        tenants = tree.get("tenants") or {}
+        if steps[1] not in tenants:
+            raise ConfigError(f"--set {change}: the file has no tenant {steps[1]}; it has {', '.join(tenants)}")
     node: Any = tree
     try:
         for step in steps[:-1]:

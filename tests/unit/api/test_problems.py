@@ -52,7 +52,13 @@ def test_statuses_are_those_of_the_spec() -> None:
         413: {errors.PayloadTooLarge},
         415: {errors.UnsupportedMediaType},
         422: {errors.InvalidParams, errors.DeadlineUnmet},
-        429: {errors.AdmissionReject, errors.QueueFullDropLru, errors.QuotaExceeded, errors.BudgetExhausted},
+        429: {
+            errors.AdmissionReject,
+            errors.QueueFullDropLru,
+            errors.QuotaExceeded,
+            errors.BudgetExhausted,
+            errors.BudgetTooSmall,
+        },
         500: {
             errors.LlorchError,
             errors.Internal,

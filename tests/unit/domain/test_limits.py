@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from llorch.domain.limits import Bucket, Budget, Claim, Gauge, Lease, Measure, SessionBudgets, TenantAccounts, Use
 from llorch.domain.policy import NO_QUOTA, Quota, Rate
 from llorch.domain.task import Budgets, Fault, Priority
-from llorch.errors import BudgetExhausted, QuotaExceeded
+from llorch.errors import BudgetTooSmall, QuotaExceeded
 
 INTERACTIVE, BATCH = Priority.INTERACTIVE, Priority.BATCH
 OWNER, SESSION = ("acme", "a"), ("acme", "s")
@@ -163,7 +163,7 @@ def test_budget_that_was_overrun_has_nothing_left_rather_than_less() -> None:
 def test_claim_bigger_than_the_whole_budget_is_refused_without_a_time_to_come_back(limits: Budgets, label: str) -> None:
     fault = SessionBudgets(SESSION, limits).refusal(CLAIM, 100.0, 0.0)
     assert fault is not None
-    assert (fault.kind, told(fault)) == (BudgetExhausted, (label, None))
+    assert (fault.kind, told(fault)) == (BudgetTooSmall, (label, None))
 
 
 @pytest.mark.parametrize("limits", [Budgets(tokens=60), Budgets(time_s=0.001), Budgets(cost=1.5), Budgets()])

@@ -6,7 +6,7 @@ from llorch.domain.ledger import Ledger
 from llorch.domain.limits import Claim, Use
 from llorch.domain.sessions import SessionLimits
 from llorch.domain.task import Budgets, Fault, Priority, TaskKey, TaskSpec
-from llorch.errors import BudgetExhausted, InvalidParams
+from llorch.errors import BudgetExhausted, BudgetTooSmall, InvalidParams
 
 SESSION = ("acme", "s")
 CLAIM = Claim(prompt_tokens=10, expected_tokens=20, max_tokens=40, time_s=600.0, cost=2.0)
@@ -86,7 +86,7 @@ def test_spent_budget_comes_back_with_a_new_session_and_a_reserved_one_nobody_kn
 def test_first_task_that_could_never_fit_makes_no_session() -> None:
     book = ledger()
     fault = refusal(book, budgets=Budgets(tokens=49))
-    assert (fault.kind, fault.policy_label, fault.retry_after_ms) == (BudgetExhausted, "session-tokens", None)
+    assert (fault.kind, fault.policy_label, fault.retry_after_ms) == (BudgetTooSmall, "session-tokens", None)
     assert len(book.sessions) == 0
 
 

@@ -93,6 +93,7 @@ def test_a_workload_file_is_beside_the_spec(file: Path) -> None:
         ("tasks=null", "one of `tasks` and `duration_s`"),
         ("load=null", "expected `load`"),
         ("tenants={}", "tenants with traffic"),
+        ("tenants.nobody.weight=4", "no tenant nobody; it has a"),
         ("seed.x=4", "--set seed.x=4"),
         ("seed", "--set seed"),
         ("seed=[", "--set seed=["),
