@@ -14,7 +14,6 @@ from llorch.domain.pool import Fleet
 from llorch.domain.task import ANYWHERE, EXACT, Fault, Task, TaskSpec
 from llorch.errors import DeadlineUnmet
 
-
 HOPELESS_CHANCE = 0.05
 """A smaller chance than this to meet a deadline is none."""
 

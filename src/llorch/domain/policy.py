@@ -79,8 +79,8 @@ class Prices:
 class RoutePolicy:
     """How a route treats its tasks. Times in seconds; `attempts` is the most runs of one task before a first token.
 
-    While others wait, a task whose chance to meet its deadline is below `feasible_probability` is refused, or ended when
-    its turn comes: what it would take for nothing, they could use.
+    While others wait, a task whose chance to meet its deadline is below `feasible_probability` is refused, or ended
+    when its turn comes: what it would take for nothing, they could use.
     A session stays on its replica unless that has more than `detour_s` seconds of work per slot above the least; of at
     most `bindings` sessions it is known where they are.
     """
