@@ -27,8 +27,6 @@ UNVERIFIED = "unverified"
 NO_ENGINE = "none"
 """Label where no route was found."""
 
-FORBIDDEN_STATUS = 403
-
 DROPS = frozenset({"drop-lru", "shed-low-priority", "fair-share"})
 """Policies by which an admitted task loses its place in a full queue to another one."""
 
@@ -184,13 +182,13 @@ class Telemetry:
         fields = {"tenant": tenant, "task_id": task_id, "correlation_id": correlation_id, "engine": engine}
         self._reject(engine or NO_ENGINE, code, policy, fields)
 
-    def observe_request(self, operation: str, status: int) -> None:
-        """Count an answered request; `operation` is an operationId of the contract, or `none`.
+    def observe_request(self, operation: str, status: int, code: str | None = None) -> None:
+        """Count an answered request; `operation` is an operationId of the contract, or `none`, `code` that of an error.
 
         A key that may not submit is refused by the edge, before anything that would tell of a rejection.
         """
         self._requests.series(operation, str(status)).inc()
-        if status == FORBIDDEN_STATUS and operation == "create_task":
+        if code == Forbidden.code and operation == "create_task":
             self._rejected.series(Forbidden.code, NO_ENGINE).inc()
 
     def report_bug(self, where: str, error: BaseException) -> None:

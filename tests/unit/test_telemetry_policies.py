@@ -187,8 +187,13 @@ def test_start_that_was_not_predicted_has_no_error(desk: Desk) -> None:
 
 
 def test_submission_that_the_edge_forbids_is_a_rejected_task(desk: Desk) -> None:
-    for operation, status in (("create_task", 403), ("create_task", 202), ("get_task", 403)):
-        desk.telemetry.observe_request(operation, status)
+    forbidden = "FORBIDDEN"
+    for operation, status, code in (
+        ("create_task", 403, forbidden),
+        ("create_task", 202, None),
+        ("get_task", 403, forbidden),
+    ):
+        desk.telemetry.observe_request(operation, status, code)
     assert desk.value("tasks_rejected_total", reason="FORBIDDEN", engine="none") == 1
     assert desk.value("tasks_rejected_total") == 1
 

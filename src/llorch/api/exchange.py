@@ -13,8 +13,8 @@ SCOPE_KEY = "llorch.exchange"
 
 Header = tuple[bytes, bytes]
 
-Observe = Callable[[str, int], None]
-"""Takes note of an answered request: its operationId, or NO_OPERATION, and the status."""
+Observe = Callable[[str, int, str | None], None]
+"""Takes note of an answered request: its operationId, or NO_OPERATION, the status, and the code of an error."""
 
 NO_OPERATION = "none"
 
@@ -35,7 +35,7 @@ class Exchange:
     `headers` has lower-case names; of a header that comes twice the last counts.
     """
 
-    __slots__ = ("correlation_id", "has_started", "headers", "observe", "operation", "receive", "scope", "send")
+    __slots__ = ("code", "correlation_id", "has_started", "headers", "observe", "operation", "receive", "scope", "send")
 
     def __init__(
         self, scope: Scope, receive: Receive, send: Send, correlation_id: str, observe: Observe | None = None
@@ -46,6 +46,7 @@ class Exchange:
         self.correlation_id = correlation_id
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         self.has_started = False
+        self.code: str | None = None
         self.observe = observe
         self.operation = NO_OPERATION
 
@@ -89,7 +90,7 @@ class Exchange:
     def _note_start(self, status: int) -> None:
         self.has_started = True
         if self.observe is not None:
-            self.observe(self.operation, status)
+            self.observe(self.operation, status, self.code)
 
     async def linger(self, seconds: float = 1.0) -> None:
         """Throw away what still comes of the body, for a while.

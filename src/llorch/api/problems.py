@@ -133,6 +133,7 @@ def raw_response(error: LlorchError) -> bytes:
 
 async def _answer(exchange: Exchange, error: LlorchError) -> None:
     body = _encode(error, exchange.correlation_id)
+    exchange.code = error.code
     is_unread = isinstance(error, errors.PayloadTooLarge)
     await exchange.respond(status_of(error), b"application/json", body, headers_of(error), more=is_unread)
     if is_unread:

@@ -345,7 +345,10 @@ class Scheduler:
     # Time
 
     def _fire_timers(self, now: float, commands: list[ev.Command]) -> None:
-        self.fleet.drop_stale(now)
+        if self.fleet.has_reports:
+            self.fleet.drop_stale(now)
+        if not self._timers.is_due(now):
+            return
         for key, timer in self._timers.pop_due(now):
             task = self.tasks.get(key)
             if task is not None:

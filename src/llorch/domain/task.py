@@ -23,6 +23,8 @@ class Priority(StrEnum):
     INTERACTIVE = "interactive"
     BATCH = "batch"
 
+    __hash__ = str.__hash__  # that of Enum is a Python function, and asked for several times per task
+
 
 class WaitReason(StrEnum):
     """Why a task waits."""
@@ -53,6 +55,8 @@ class TaskState(Enum):
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     CANCELED = "canceled"
+
+    __hash__ = object.__hash__  # as above
 
     @property
     def is_final(self) -> bool:

@@ -37,7 +37,7 @@ SHORT = settings(
     max_examples=60, stateful_step_count=50, derandomize=True, database=None, deadline=None,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
-LONG = settings(SHORT, max_examples=2000, stateful_step_count=100)
+LONG = settings(SHORT, max_examples=400, stateful_step_count=100)
 
 
 class LedgerHistories(RuleBasedStateMachine):

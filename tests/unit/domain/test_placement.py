@@ -125,7 +125,7 @@ SHORT = settings(
     max_examples=40, stateful_step_count=50, derandomize=True, database=None, deadline=None,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
-LONG = settings(SHORT, max_examples=1000, stateful_step_count=150)
+LONG = settings(SHORT, max_examples=150, stateful_step_count=150)
 
 
 class Placements(RuleBasedStateMachine):

@@ -76,7 +76,7 @@ SHORT = settings(
     phases=(Phase.generate,),  # to shrink a history takes minutes; the first one found says enough
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
-LONG = settings(SHORT, max_examples=1000, stateful_step_count=100)
+LONG = settings(SHORT, max_examples=500, stateful_step_count=100)
 
 
 class Histories(RuleBasedStateMachine):
