@@ -134,8 +134,9 @@ contract: setup
 	@$(PYTHON) tools/regen.py --check
 
 unit: setup
-	$(call section,tests: pytest)
-	@$(PYTHON) -m pytest
+	$(call section,tests: pytest; those without processes of their own on both cores)
+	@$(PYTHON) -m pytest tests/unit -n 2 -p no:benchmark
+	@$(PYTHON) -m pytest --ignore=tests/unit -p no:xdist
 
 journeys: setup
 	$(call section,journeys: behave; first that no step is undefined)

@@ -12,7 +12,7 @@ from llorch.domain.limits import Claim, Use
 from llorch.domain.policy import Quota, Rate
 from llorch.domain.sessions import SessionLimits
 from llorch.domain.task import Budgets, SessionKey, TaskKey, TaskSpec
-from llorch.errors import BudgetExhausted, InvalidParams, LlorchError, QuotaExceeded
+from llorch.errors import BudgetExhausted, BudgetTooSmall, InvalidParams, LlorchError, QuotaExceeded
 
 Told = tuple[type[LlorchError], str | None, int | None]
 """Kind, label and retry_after_ms of a refusal."""
@@ -111,7 +111,8 @@ class Model:
             if limit is None or needs[name] <= limit - spent - reserved:
                 continue
             is_spent = limit - spent < needs[name] <= limit
-            yield BudgetExhausted, f"session-{name}", _ms(session.expires_at - now) if is_spent else None
+            kind = BudgetExhausted if needs[name] <= limit else BudgetTooSmall
+            yield kind, f"session-{name}", _ms(session.expires_at - now) if is_spent else None
 
     def _quota_refusals(self, spec: TaskSpec, claim: Claim, now: float) -> Iterator[Told | None]:
         tenant, quota = spec.key[0], self.quota(spec.key[0])
