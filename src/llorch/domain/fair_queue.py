@@ -316,29 +316,16 @@ class FairQueue:
         tasks, cost = flow.before(task.due, task.order)
         return self._ahead(level, flow, tasks, cost)
 
-    def ahead_of_new(self, spec: TaskSpec, now: float) -> Ahead:
-        """What would start before a task that was submitted now."""
-        level = self._levels[spec.priority]
-        flow = level.flows.get(spec.key[0])
-        if flow is None:
-            return self._ahead(level, None, 0, 0.0)
-        if not self._by_deadline:
-            return self._ahead(level, flow, flow.waiting, flow.backlog)
-        due = now + (self.policy.edf_default_s if spec.deadline_s is None else spec.deadline_s)
-        tasks, cost = flow.before(due, inf)
-        return self._ahead(level, flow, tasks, cost)
-
     def position(self, task: Task) -> int:
         """How many tasks are to start before this waiting one."""
         return round(self.ahead(task).tasks)
 
-    def _ahead(self, level: Level, flow: Flow | None, own_tasks: float, own_cost: float) -> Ahead:
+    def _ahead(self, level: Level, flow: Flow, own_tasks: float, own_cost: float) -> Ahead:
         tasks, cost = own_tasks, own_cost
-        rivals = level.active - (flow is not None and flow.band is not None)
+        rivals = level.active - (flow.band is not None)
         if rivals:
-            weight = 1.0 if flow is None else flow.weight
-            lead = 0.0 if flow is None else max(0.0, flow.counter - (level.minimum() or 0.0))
-            others = level.served_first(flow, own_cost / weight + lead)
+            lead = max(0.0, flow.counter - (level.minimum() or 0.0))
+            others = level.served_first(flow, own_cost / flow.weight + lead)
             tasks += others[0]
             cost += others[1]
         until = level.counter + cost / level.weight

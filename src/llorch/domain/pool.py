@@ -4,7 +4,7 @@ How a replica's state is found out is not known here; it comes in as ReplicaChan
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -225,18 +225,6 @@ class Fleet:
         """Predicted seconds of work placed there and not over, over all its slots; 0 for an unknown replica."""
         place = self._places.get(replica_id)
         return 0.0 if place is None else place.work_s
-
-    def free(self) -> list[Replica]:
-        """Ready replicas with a slot that nobody holds."""
-        busy = self._busy
-        return [r for r in self._replicas.values() if r.state is ReplicaState.READY and busy(r.replica_id) < r.slots]
-
-    def least_loaded(self, free: Sequence[Replica], need: Need) -> Replica:
-        """Of those that meet the need, the one with the smallest share of its slots busy; the first of equals."""
-        fit = [replica for replica in free if replica.meets(need)]
-        if len(fit) == 1:
-            return fit[0]
-        return min(fit, key=lambda replica: self._busy(replica.replica_id) / replica.slots)
 
     # The index
 

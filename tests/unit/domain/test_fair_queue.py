@@ -493,15 +493,6 @@ def test_ahead_among_equal_flows_is_what_they_get_first() -> None:
     assert 45 <= line.queue.ahead(tenth).tasks <= 55
 
 
-def test_ahead_of_new_is_ahead_of_what_is_pushed_next() -> None:
-    line = Line(levels=(4.0, 1.0))
-    for tenant in "aab":
-        line.push(tenant)
-        line.push(tenant, BATCH)
-    told = line.queue.ahead_of_new(spec("a"), 0.0)
-    assert line.queue.ahead(line.push("a")) == told
-
-
 def test_share_of_service_is_by_weight_of_level_and_flow() -> None:
     line = Line(weights={"a": 3.0})
     task = line.push("a")
