@@ -12,6 +12,7 @@ from typing import Any
 from structlog.typing import FilteringBoundLogger
 
 from llorch.domain import events as ev
+from llorch.domain.faults import PREEMPTED
 from llorch.domain.pool import Replica, ReplicaState
 from llorch.domain.task import Fault, Priority, Task, TaskKey, TaskState
 from llorch.errors import DecodeTimeout, Forbidden
@@ -31,7 +32,6 @@ DROPS = frozenset({"drop-lru", "shed-low-priority", "fair-share"})
 """Policies by which an admitted task loses its place in a full queue to another one."""
 
 SHED = "shed-low-priority"
-PREEMPTED = "preempted"
 
 Describe = Callable[[TaskKey], Mapping[str, Any]]
 """Log fields of a task that the domain does not know, such as its correlation_id; empty when the task is unknown."""
@@ -309,7 +309,7 @@ class Telemetry:
 
     def _requeue(self, scope: RouteScope, command: ev.Requeue) -> None:
         run, fault = self._live.tasks.get(command.task.key), command.fault
-        is_preempted = fault.policy_label == PREEMPTED
+        is_preempted = fault.policy_label == PREEMPTED.policy_label
         if is_preempted:
             self._preemptions.series("hard", scope.engine).inc()
             if run is not None:

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 
 from llorch.domain.fair_queue import FairQueue
 from llorch.domain.faults import STRANDED
-from llorch.domain.forecast import AT_ONCE, Forecast
+from llorch.domain.forecast import Forecast
 from llorch.domain.ledger import Claim, Ledger
 from llorch.domain.policy import RoutePolicy
 from llorch.domain.pool import Fleet
+from llorch.domain.prediction import NO_TIME
 from llorch.domain.task import ANYWHERE, EXACT, Fault, Task, TaskSpec
 from llorch.errors import DeadlineUnmet
 
@@ -77,7 +78,7 @@ class Admission:
         """Started now, the task would not end before its deadline, as far as can be told."""
         if task.spec.deadline_s is None or task.attempts:
             return False
-        return self._is_infeasible(self._forecast.on_time(task, AT_ONCE, now))
+        return self._is_infeasible(self._forecast.on_time(task, NO_TIME, now))
 
     def _is_infeasible(self, chance: float | None) -> bool:
         """To run in vain harms others that wait; where nobody else does, only what is all but impossible is refused.

@@ -7,10 +7,8 @@ clock; a time that cannot be known yet is None.
 from llorch.domain.events import AttemptEnded
 from llorch.domain.fair_queue import FairQueue
 from llorch.domain.pool import Fleet
-from llorch.domain.prediction import Service, probability_within
+from llorch.domain.prediction import NO_TIME, Service, probability_within
 from llorch.domain.task import Attempt, Estimate, Task
-
-AT_ONCE = Estimate(0.0, 0.0)
 
 
 class Forecast:
@@ -81,7 +79,7 @@ class Forecast:
 
     def _wait(self, task: Task, tasks: float, cost: float, now: float) -> Estimate | None:
         if self._fleet.can_start(task.need):
-            return AT_ONCE
+            return NO_TIME
         running = self._running
         return self._service.wait(
             task.priority,

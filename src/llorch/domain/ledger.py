@@ -140,7 +140,7 @@ class Ledger:
 
     # Runs
 
-    def can_start(self, key: TaskKey, tenant: str, kv_tokens: int) -> bool:  # noqa: ARG002
+    def can_start(self, tenant: str, kv_tokens: int) -> bool:
         """The tenant may run one more attempt with so much context. When not, take_lifted() tells when to ask again."""
         accounts = self._tenants.get(tenant)
         if accounts is None:

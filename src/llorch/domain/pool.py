@@ -115,11 +115,6 @@ class Fleet:
             self._fresh_until.pop(replica_id, None)
         self._set_foreign(place, max(0, foreign_slots))
 
-    @property
-    def has_reports(self) -> bool:
-        """Some engine told lately that it works for somebody else."""
-        return bool(self._fresh_until)
-
     def next_stale(self) -> float | None:
         """When the oldest report of foreign work must be dropped; None when there is none."""
         return next(iter(self._fresh_until.values())) if self._fresh_until else None

@@ -296,11 +296,6 @@ class _Model:
         return left, unknown * left * left + (1.0 - unknown) * phases
 
 
-def sum_of(first: Estimate, second: Estimate) -> Estimate:
-    """Two independent times one after the other."""
-    return Estimate(first.mean_s + second.mean_s, first.var_s2 + second.var_s2)
-
-
 def probability_within(estimate: Estimate, seconds: float, then: Estimate | None = None) -> float:
     """The chance that the time, and the time `then` after it, are over within `seconds`: 0 … 1.
 

@@ -33,7 +33,7 @@ class Runs:
 
     def may_start(self, task: Task) -> bool:
         """The tenant's quotas of what runs have room for it."""
-        return self._ledger.can_start(task.key, task.key[0], task.prompt_tokens + task.spec.max_tokens)
+        return self._ledger.can_start(task.key[0], task.kv_tokens)
 
     def start(self, task: Task, now: float) -> Attempt:
         """Begin an attempt at a task whose turn it is, on a replica with a free slot."""
@@ -44,7 +44,7 @@ class Runs:
         lease = self._ledger.hold_slot(
             replica_id,
             task=task.key,
-            kv_tokens=task.prompt_tokens + task.spec.max_tokens,
+            kv_tokens=task.kv_tokens,
             prefer=bound[1] if bound is not None and warm_on == replica_id else None,
         )
         attempt = Attempt(lease.attempt_id, task.key, replica_id, lease.slot, started_at=now)

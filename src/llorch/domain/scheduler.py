@@ -345,10 +345,7 @@ class Scheduler:
     # Time
 
     def _fire_timers(self, now: float, commands: list[ev.Command]) -> None:
-        if self.fleet.has_reports:
-            self.fleet.drop_stale(now)
-        if not self._timers.is_due(now):
-            return
+        self.fleet.drop_stale(now)
         for key, timer in self._timers.pop_due(now):
             task = self.tasks.get(key)
             if task is not None:

@@ -235,6 +235,11 @@ class Task:
         """The level it queues in."""
         return self.spec.priority
 
+    @property
+    def kv_tokens(self) -> int:
+        """The context that a run of it may fill."""
+        return self.prompt_tokens + self.spec.max_tokens
+
     def move(self, state: TaskState) -> None:
         """Take the step to `state`; raises InvalidTransition when the table has no such step."""
         if state not in TRANSITIONS[self.state]:

@@ -52,10 +52,6 @@ class Timers:
         if self._at.pop(task, None) is not None:
             self._tidy()
 
-    def is_due(self, now: float) -> bool:
-        """There may be something to take out."""
-        return bool(self._heap) and self._heap[0][0] <= now
-
     def pop_due(self, now: float) -> list[tuple[TaskKey, Timer]]:
         """Take out what is due, earliest first."""
         due: list[tuple[TaskKey, Timer]] = []

@@ -41,7 +41,7 @@ def admit(ledger: Ledger, name: str, tenant: str = "acme", *, claim: Claim = CLA
 
 
 def start(ledger: Ledger, name: str, tenant: str = "acme", *, kv_tokens: int = 10) -> SlotLease:
-    assert ledger.can_start(key(name, tenant), tenant, kv_tokens)
+    assert ledger.can_start(tenant, kv_tokens)
     return ledger.hold_slot("r0", task=key(name, tenant), kv_tokens=kv_tokens)
 
 
@@ -188,7 +188,7 @@ def test_peer_bug_06_asking_makes_no_accounts() -> None:
     ledger = Ledger(default=ALL_LIMITS)
     for number in range(50):
         assert ask(ledger, "a", f"tenant {number}") is None
-        assert ledger.can_start(key("a", f"tenant {number}"), f"tenant {number}", 10)
+        assert ledger.can_start(f"tenant {number}", 10)
     assert not ledger._tenants
 
 
@@ -262,10 +262,10 @@ def test_tenant_at_its_most_attempts_is_kept_from_starting_and_told_when_one_end
     assert admit(ledger, "b")
     lease = start(ledger, "a")
     assert ledger.take_lifted() == []
-    assert not ledger.can_start(key("b"), "acme", 10)
-    assert ledger.can_start(key("b", "other"), "other", 10)
+    assert not ledger.can_start("acme", 10)
+    assert ledger.can_start("other", 10)
     ledger.release_slot(lease.attempt_id)
-    assert not ledger.can_start(key("b"), "acme", 10)
+    assert not ledger.can_start("acme", 10)
     ledger.settle_slot(lease.attempt_id)
     assert ledger.take_lifted() == ["acme"]
     assert ledger.take_lifted() == []
@@ -284,13 +284,13 @@ def test_attempt_bigger_than_the_whole_kv_quota_runs_alone() -> None:
     for name in "abc":
         assert admit(ledger, name)
     small = start(ledger, "a", kv_tokens=40)
-    assert not ledger.can_start(key("b"), "acme", 500)
+    assert not ledger.can_start("acme", 500)
     ledger.settle_slot(small.attempt_id)
     big = start(ledger, "b", kv_tokens=500)
-    assert not ledger.can_start(key("c"), "acme", 1)
+    assert not ledger.can_start("acme", 1)
     ledger.settle_slot(big.attempt_id)
     assert ledger.take_lifted() == ["acme"]
-    assert ledger.can_start(key("c"), "acme", 1)
+    assert ledger.can_start("acme", 1)
 
 
 def test_claim_bigger_than_the_whole_bucket_is_admitted_when_it_is_full_and_paid_off_afterwards() -> None:

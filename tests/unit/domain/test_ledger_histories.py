@@ -102,7 +102,7 @@ class LedgerHistories(RuleBasedStateMachine):
     def start(self, index: int, kv_tokens: int, prefer: int | None) -> None:
         waiting = [key for key, work in self.model.work.items() if work.is_waiting and not work.is_over]
         key = waiting[index % len(waiting)]
-        can_start = self.ledger.can_start(key, key[0], kv_tokens)
+        can_start = self.ledger.can_start(key[0], kv_tokens)
         assert can_start == self.model.can_start(key[0], kv_tokens)
         if not can_start:
             return
