@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated
 
 from llorch_contract.base import Settings
 from pydantic import (
@@ -101,6 +101,29 @@ class Priority(StrEnum):
 
     interactive = "interactive"
     batch = "batch"
+
+
+class Engine(StrEnum):
+    """
+    The engine software of a pool. llorch has an adapter for llamacpp; a pool of another engine is refused.
+    """
+
+    llamacpp = "llamacpp"
+    vllm = "vllm"
+    tgi = "tgi"
+    triton = "triton"
+
+
+Name = TypeAliasType(
+    "Name",
+    Annotated[
+        StrictStr,
+        Field(
+            description="A name of 1 to 64 letters, digits, dots, hyphens and underscores.",
+            pattern="^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
+        ),
+    ],
+)
 
 
 class FullPolicy(StrEnum):
@@ -227,45 +250,275 @@ class Timeouts(Settings):
     ] = 600.0
 
 
-class Replica(Settings):
+class Headroom(Settings):
     """
-    One running engine process.
+    What must stay free beside the model and its KV cache.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    vram_mib: Annotated[
+        StrictInt, Field(description="MiB of each GPU of the mask.", ge=0, le=1048576)
+    ] = 512
+    ram_mib: Annotated[
+        StrictInt,
+        Field(
+            description="MiB of the host's memory, for replicas that run on the CPU.",
+            ge=0,
+            le=16777216,
+        ),
+    ] = 512
+    kv_bytes_per_token: Annotated[
+        StrictInt | None,
+        Field(
+            description="Bytes of KV cache for a token of context. When absent, that of a GGUF file's header counts, of other models none.",
+            ge=0,
+            le=1073741824,
+        ),
+    ] = None
+
+
+class Supervision(Settings):
+    """
+    How long managed processes may take, in seconds, and how they are started again after a failure.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    start_s: Annotated[
+        StrictFloat,
+        Field(
+            description="From its start until the engine answers that it is ready; then it is ended.",
+            gt=0.0,
+            le=86400.0,
+        ),
+    ] = 300.0
+    self_test_s: Annotated[
+        StrictFloat,
+        Field(description="For the whole self-test of a replica.", gt=0.0, le=3600.0),
+    ] = 30.0
+    unresponsive_s: Annotated[
+        StrictFloat,
+        Field(
+            description="That health checks may go unanswered once the engine was up; then it is killed and started again.",
+            gt=0.0,
+            le=86400.0,
+        ),
+    ] = 15.0
+    stop_s: Annotated[
+        StrictFloat, Field(description="From SIGTERM to SIGKILL.", ge=0.0, le=600.0)
+    ] = 10.0
+    backoff_first_s: Annotated[
+        StrictFloat,
+        Field(
+            description="Wait before the start that follows the first failure. Every wait is lengthened by up to a fifth, by chance.",
+            gt=0.0,
+            le=3600.0,
+        ),
+    ] = 1.0
+    backoff_factor: Annotated[
+        StrictFloat,
+        Field(
+            description="By which each further failure in a row lengthens the wait.",
+            ge=1.0,
+            le=100.0,
+        ),
+    ] = 4.0
+    backoff_max_s: Annotated[
+        StrictFloat,
+        Field(
+            description="Longest wait while the breaker is closed.", gt=0.0, le=86400.0
+        ),
+    ] = 60.0
+    storm_failures: Annotated[
+        StrictInt,
+        Field(
+            description="Failures in a row that open the circuit breaker.",
+            ge=1,
+            le=1000,
+        ),
+    ] = 4
+    cool_down_s: Annotated[
+        StrictFloat,
+        Field(
+            description="How long an open breaker lets nothing start; then one start shows whether the storm is over.",
+            gt=0.0,
+            le=86400.0,
+        ),
+    ] = 120.0
+    stable_s: Annotated[
+        StrictFloat,
+        Field(
+            description="How long an engine must have been up for its failures to be forgotten and the breaker closed.",
+            gt=0.0,
+            le=86400.0,
+        ),
+    ] = 60.0
+
+
+Device = TypeAliasType("Device", Annotated[StrictInt, Field(ge=0, le=1023)])
+
+
+TensorSplitItem = TypeAliasType(
+    "TensorSplitItem", Annotated[StrictFloat, Field(gt=0.0, le=1000000.0)]
+)
+
+
+class Launcher(StrEnum):
+    """
+    What starts an engine. `llamacpp` is the llama.cpp server that `llorch[local]` brings along, `llama-server` its binary, `vllm`, `tgi` and `triton` those engines' own programs, `command` any argument list.
+    """
+
+    llamacpp = "llamacpp"
+    llama_server = "llama-server"
+    vllm = "vllm"
+    tgi = "tgi"
+    triton = "triton"
+    command = "command"
+
+
+Arg = TypeAliasType("Arg", Annotated[StrictStr, Field(max_length=4096)])
+
+
+CommandItem = TypeAliasType("CommandItem", Annotated[StrictStr, Field(max_length=4096)])
+
+
+EnvAdditionalProperty = TypeAliasType(
+    "EnvAdditionalProperty", Annotated[StrictStr, Field(max_length=32768)]
+)
+
+
+class Managed(Settings):
+    """
+    How an engine process is started.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    launcher: Annotated[Launcher, Field(description="What starts it.")] = (
+        Launcher.llamacpp
+    )
+    node: Annotated[
+        StrictStr | None,
+        Field(
+            description="The host that it runs on, an id of `nodes`; this host when absent.",
+            pattern="^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
+        ),
+    ] = None
+    port: Annotated[
+        StrictInt,
+        Field(
+            description="Port that the engine listens on, of loopback; 0 takes a free one.",
+            ge=0,
+            le=65535,
+        ),
+    ] = 0
+    threads: Annotated[
+        StrictInt | None,
+        Field(
+            description="Threads that compute, where the launcher knows them; by default all cores but one.",
+            ge=1,
+            le=4096,
+        ),
+    ] = None
+    binary: Annotated[
+        StrictStr | None,
+        Field(
+            description="The program to run in place of the one that the launcher looks for on the PATH.",
+            max_length=4096,
+            min_length=1,
+        ),
+    ] = None
+    args: Annotated[
+        list[Arg],
+        Field(
+            description="Arguments added to those that the launcher makes.",
+            max_length=256,
+        ),
+    ] = []
+    command: Annotated[
+        list[CommandItem] | None,
+        Field(
+            description="Of the launcher `command`: the whole argument list, never seen by a shell. `{host}`, `{port}`, `{model}`, `{alias}`, `{slots}`, `{ctx}`, `{ctx_total}`, `{api_key}` and `{tensor_split}` are filled in.",
+            max_length=256,
+            min_length=1,
+        ),
+    ] = None
+    env: Annotated[
+        dict[str, EnvAdditionalProperty],
+        Field(
+            description="Environment variables of the process, beside those of llorch itself.",
+            max_length=256,
+        ),
+    ] = {}
+    health_path: Annotated[
+        StrictStr,
+        Field(
+            description="Path that answers 200 once the engine is ready.",
+            max_length=1024,
+            pattern="^/[^\\s]*$",
+        ),
+    ] = "/health"
+    memory_limit_mib: Annotated[
+        StrictInt | None,
+        Field(
+            description="MiB of memory that the process and its children may use together; over it they are killed and started again.",
+            ge=16,
+            le=16777216,
+        ),
+    ] = None
+    shares_devices: Annotated[
+        StrictBool,
+        Field(description="Whether another replica of the host may use the same GPUs."),
+    ] = False
+
+
+Network = TypeAliasType(
+    "Network", Annotated[StrictStr, Field(max_length=64, min_length=1)]
+)
+
+
+class Node(Settings):
+    """
+    A host whose pool manager may join. `llorch nodes new` makes its token and prints this entry.
     """
 
     model_config = ConfigDict(
         extra="forbid",
     )
     id: Annotated[
-        StrictStr | None,
-        Field(
-            description="Name of the replica, unique in its pool; by default its number in the list, from 0.",
-            pattern="^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
-        ),
-    ] = None
-    url: Annotated[
         StrictStr,
         Field(
-            description="Where the engine listens, without a path.",
-            max_length=2048,
-            pattern="^https?://[^/?#@\\s]+/?$",
+            description="Name of the node, unique.",
+            pattern="^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
         ),
     ]
-    slots: Annotated[
-        StrictInt,
+    sha256: Annotated[
+        StrictStr,
         Field(
-            description="Tasks that the engine runs at once. With more than one, llama.cpp is no longer exact.",
-            ge=1,
-            le=4096,
+            description="SHA-256 of its token, 64 lower-case hexadecimal digits.",
+            pattern="^[0-9a-f]{64}$",
         ),
-    ] = 1
-    api_key: Annotated[
-        SecretStr | None,
+    ]
+    pools: Annotated[
+        list[Name] | None,
         Field(
-            description="Key that the engine asks for. Never logged; better given by the environment.",
-            max_length=4096,
+            description="Pools whose replicas it may run; those of no other. When absent, of every pool that names it.",
+            max_length=1024,
             min_length=1,
         ),
     ] = None
+    networks: Annotated[
+        list[Network],
+        Field(
+            description="Address ranges, as 10.0.0.0/8, that it may join from and whose addresses its engines may be reached at.",
+            max_length=64,
+            min_length=1,
+        ),
+    ] = ["127.0.0.0/8", "::1/128"]
 
 
 class Sessions(Settings):
@@ -592,6 +845,66 @@ class Rates(Settings):
     ] = None
 
 
+class Replica(Settings):
+    """
+    One engine process, either running already (`url`) or started and kept alive by llorch (`managed`).
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    id: Annotated[
+        StrictStr | None,
+        Field(
+            description="Name of the replica, unique in its pool; by default its number in the list, from 0.",
+            pattern="^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
+        ),
+    ] = None
+    url: Annotated[
+        StrictStr | None,
+        Field(
+            description="Where an engine listens that somebody else started, without a path.",
+            max_length=2048,
+            pattern="^https?://[^/?#@\\s]+/?$",
+        ),
+    ] = None
+    managed: Annotated[
+        Managed | None, Field(description="How llorch starts the engine.")
+    ] = None
+    slots: Annotated[
+        StrictInt,
+        Field(
+            description="Tasks that the engine runs at once. With more than one, llama.cpp is no longer exact.",
+            ge=1,
+            le=4096,
+        ),
+    ] = 1
+    devices: Annotated[
+        list[Device] | None,
+        Field(
+            description="The GPUs of a managed replica, by their index on its host. No two replicas of a host share one, unless they say `managed.shares_devices`. When absent, every GPU of the host, or the CPU where the pool allows it.",
+            max_length=64,
+            min_length=1,
+        ),
+    ] = None
+    tensor_split: Annotated[
+        list[TensorSplitItem] | None,
+        Field(
+            description="Share of the model on each GPU of `devices`, in their order. Needed where the GPUs differ in size.",
+            max_length=64,
+            min_length=2,
+        ),
+    ] = None
+    api_key: Annotated[
+        SecretStr | None,
+        Field(
+            description="Key that the engine at `url` asks for. Never logged; better given by the environment.",
+            max_length=4096,
+            min_length=1,
+        ),
+    ] = None
+
+
 class Log(Settings):
     """
     What is logged, and how.
@@ -803,9 +1116,7 @@ class Pool(Settings):
             pattern="^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
         ),
     ]
-    engine: Annotated[
-        Literal["llamacpp"], Field(description="The engine software of its replicas.")
-    ]
+    engine: Annotated[Engine, Field(description="The engine software of its replicas.")]
     model: Annotated[
         StrictStr,
         Field(
@@ -852,10 +1163,46 @@ class Pool(Settings):
     model_digest: Annotated[
         StrictStr | None,
         Field(
-            description="Digest of the model file, where nobody measures it. Shown as stated, not measured.",
+            description="Digest of the model file. Of replicas that llorch starts, the file is compared with it before each start; of others it is shown as stated, not measured.",
             pattern="^sha256:[0-9a-f]{64}$",
         ),
     ] = None
+    model_path: Annotated[
+        StrictStr | None,
+        Field(
+            description="File or folder of the model on the host of the replica; what managed replicas load.",
+            max_length=4096,
+            min_length=1,
+        ),
+    ] = None
+    self_test: Annotated[
+        StrictBool | None,
+        Field(
+            description="Whether a replica must decode, stop when it is told to and tell its load before it becomes Ready, each time that it was not. When absent, replicas that llorch starts must, others need not."
+        ),
+    ] = None
+    drain_s: Annotated[
+        StrictFloat,
+        Field(
+            description="Seconds that running tasks may go on when their replica is drained or replaced; then they are moved or ended. A drain order may name another time.",
+            ge=0.0,
+            le=86400.0,
+        ),
+    ] = 30.0
+    headroom: Annotated[
+        Headroom,
+        Field(
+            description="What must stay free beside the model and its KV cache when a replica is started.",
+            validate_default=True,
+        ),
+    ] = Headroom()
+    supervision: Annotated[
+        Supervision,
+        Field(
+            description="How long managed processes may take, and how they are started again.",
+            validate_default=True,
+        ),
+    ] = Supervision()
     queue: Annotated[
         Queue,
         Field(
@@ -883,9 +1230,7 @@ class Pool(Settings):
     ] = Timeouts()
     replicas: Annotated[
         list[Replica],
-        Field(
-            description="The running engine processes.", max_length=1024, min_length=1
-        ),
+        Field(description="The engine processes.", max_length=1024, min_length=1),
     ]
 
 
@@ -947,6 +1292,22 @@ class Config(Settings):
             validate_default=True,
         ),
     ] = Streams()
+    nodes: Annotated[
+        list[Node],
+        Field(
+            description="Hosts whose pool manager may join (`llorch pool-manager`). Replicas name theirs in managed.node.",
+            max_length=1024,
+            validate_default=True,
+        ),
+    ] = []
+    node_lease_s: Annotated[
+        StrictFloat,
+        Field(
+            description="Seconds without a word from a node after which its replicas are lost: their tasks are started again elsewhere or end, and the node itself cuts what still runs.",
+            ge=1.0,
+            le=3600.0,
+        ),
+    ] = 10.0
     sampler_profiles: Annotated[
         dict[str, SamplerProfile],
         Field(

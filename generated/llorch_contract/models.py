@@ -28,6 +28,47 @@ class Affinity(StrEnum):
     repin = "repin"
 
 
+class Breaker(StrEnum):
+    """
+    The circuit breaker of restarts. `open` after failures in a row, when nothing starts for a while; `half-open` while one start shows whether the storm is over.
+    """
+
+    closed = "closed"
+    open = "open"
+    half_open = "half-open"
+
+
+class ChangeKind(StrEnum):
+    """
+    What is done to a pool.
+    """
+
+    drain = "drain"
+    reload = "reload"
+
+
+class ChangeState(StrEnum):
+    """
+    How far a change is. `rolled_back`: it failed, and what there was before serves on; `failed`: it failed, and that could not be put back whole.
+    """
+
+    running = "running"
+    done = "done"
+    failed = "failed"
+    rolled_back = "rolled_back"
+
+
+ChangedItem = TypeAliasType("ChangedItem", Annotated[StrictStr, Field(max_length=1024)])
+
+
+Count = TypeAliasType(
+    "Count",
+    Annotated[
+        StrictInt, Field(description="A number of things.", ge=0, le=9007199254740991)
+    ],
+)
+
+
 class Determinism(StrEnum):
     """
     What a task asks for. A strict task starts only on replicas of the class `exact`, and the same inputs give the same tokens inside a replica set. best_effort promises nothing.
@@ -44,6 +85,24 @@ class DeterminismClass(StrEnum):
 
     exact = "exact"
     best_effort = "best_effort"
+
+
+class DrainRequest(Model):
+    """
+    How a pool is drained.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    deadline_ms: Annotated[
+        StrictInt | MISSING,
+        Field(
+            description="Milliseconds that running tasks may go on; the pool's own drain_s when absent.",
+            ge=0,
+            le=86400000,
+        ),
+    ] = MISSING
 
 
 class Engine(StrEnum):
@@ -95,6 +154,27 @@ class FactSource(StrEnum):
     stated = "stated"
     measured = "measured"
     unverified = "unverified"
+
+
+class FailureCause(StrEnum):
+    """
+    Why a process ended, was ended, or was not started.
+    """
+
+    exit = "exit"
+    signal = "signal"
+    vram_oom = "vram-oom"
+    host_oom = "host-oom"
+    start_timeout = "start-timeout"
+    unresponsive = "unresponsive"
+    self_test = "self-test"
+    driver_reset = "driver-reset"
+    headroom = "headroom"
+    port = "port"
+    binary = "binary"
+    model = "model"
+    digest = "digest"
+    gpu = "gpu"
 
 
 Feature = TypeAliasType(
@@ -243,6 +323,16 @@ MetricsText = TypeAliasType(
 )
 
 
+class NodeState(StrEnum):
+    """
+    `joined` while its pool manager renews its lease, `silent` when it did not, `absent` when it never came or has left.
+    """
+
+    joined = "joined"
+    silent = "silent"
+    absent = "absent"
+
+
 Notice = TypeAliasType(
     "Notice",
     Annotated[
@@ -275,6 +365,23 @@ class OnDisconnect(StrEnum):
     continue_ = "continue"
 
 
+class OrderHeadroom(Model):
+    """
+    What must stay free beside the model and its KV cache.
+    """
+
+    vram_bytes: Annotated[
+        StrictInt, Field(description="A number of things.", ge=0, le=9007199254740991)
+    ]
+    ram_bytes: Annotated[
+        StrictInt, Field(description="A number of things.", ge=0, le=9007199254740991)
+    ]
+    kv_bytes_per_token: Annotated[
+        StrictInt | None,
+        Field(description="A number of things.", ge=0, le=9007199254740991),
+    ]
+
+
 class Priority(StrEnum):
     """
     The priority of a task. A key lists which ones it may use.
@@ -292,6 +399,20 @@ Further facts about an error, by code. A schema fault has `path` (where in the r
 """
 
 
+class ProcessPhase(StrEnum):
+    """
+    Where the process of a managed replica is. `waiting` until its next start, `up` once the engine answers that it is ready, `lost` while its node is silent.
+    """
+
+    waiting = "waiting"
+    starting = "starting"
+    loading = "loading"
+    up = "up"
+    stopping = "stopping"
+    stopped = "stopped"
+    lost = "lost"
+
+
 class QueueStatus(Model):
     """
     The queue of a route for one priority. Pools of one route share it.
@@ -307,6 +428,24 @@ class QueueStatus(Model):
     ]
 
 
+class ReloadRequest(Model):
+    """
+    How the engines of a pool are replaced.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    deadline_ms: Annotated[
+        StrictInt | MISSING,
+        Field(
+            description="Milliseconds that tasks on a process that is replaced may go on; the pool's own drain_s when absent.",
+            ge=0,
+            le=86400000,
+        ),
+    ] = MISSING
+
+
 class ReplicaCounts(Model):
     """
     Replicas of a pool by state.
@@ -319,6 +458,9 @@ class ReplicaCounts(Model):
         StrictInt, Field(description="A number of things.", ge=0, le=9007199254740991)
     ]
     loading: Annotated[
+        StrictInt, Field(description="A number of things.", ge=0, le=9007199254740991)
+    ]
+    self_test: Annotated[
         StrictInt, Field(description="A number of things.", ge=0, le=9007199254740991)
     ]
     ready: Annotated[
@@ -343,14 +485,56 @@ ReplicaId = TypeAliasType(
     Annotated[
         StrictStr,
         Field(
-            description="Id of a replica, unique in the server.",
+            description="Id of a replica, unique in the server: its pool and its name there. The process that takes the place of another in a reload has the same id with a `+`, and the next one is without it again.",
             examples=["small/0"],
             max_length=128,
             min_length=1,
-            pattern="^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$",
+            pattern="^[A-Za-z0-9][A-Za-z0-9._/+-]{0,127}$",
         ),
     ],
 )
+
+
+class ReplicaProcess(Model):
+    """
+    The process of a managed replica.
+    """
+
+    phase: ProcessPhase
+    pid: Annotated[
+        StrictInt | None,
+        Field(description="Its process id on its host.", ge=0, le=9007199254740991),
+    ]
+    incarnation: Annotated[
+        StrictInt,
+        Field(description="How often it was started.", ge=0, le=9007199254740991),
+    ]
+    restarts: Annotated[
+        StrictInt,
+        Field(
+            description="How often it was started again after a failure.",
+            ge=0,
+            le=9007199254740991,
+        ),
+    ]
+    breaker: Breaker
+    cause: Annotated[FailureCause | None, Field(description="Of its latest failure.")]
+    next_start_ms: Annotated[
+        StrictInt | None,
+        Field(
+            description="Until its next start, while it waits for one.",
+            ge=0,
+            le=9007199254740991,
+        ),
+    ]
+    load_ms: Annotated[
+        StrictInt | None,
+        Field(
+            description="From its latest start until it answered that it is ready.",
+            ge=0,
+            le=9007199254740991,
+        ),
+    ]
 
 
 class ReplicaSetLoad(Model):
@@ -381,11 +565,53 @@ class ReplicaState(StrEnum):
 
     starting = "starting"
     loading = "loading"
+    self_test = "self-test"
     ready = "ready"
     unready = "unready"
     draining = "draining"
     stopped = "stopped"
     failed = "failed"
+
+
+class ReportedError(Model):
+    """
+    What went wrong with a process.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    code: ErrorCode
+    message: Annotated[StrictStr, Field(max_length=4096)]
+    at_ms: Annotated[
+        StrictInt,
+        Field(
+            description="Milliseconds since the Unix epoch, by the clock of the node.",
+            ge=0,
+            le=9007199254740991,
+        ),
+    ]
+
+
+class RestartOrder(Model):
+    """
+    A process that the node is to end and start anew.
+    """
+
+    replica_id: Annotated[
+        StrictStr,
+        Field(
+            description="Id of a replica, unique in the server: its pool and its name there. The process that takes the place of another in a reload has the same id with a `+`, and the next one is without it again.",
+            examples=["small/0"],
+            max_length=128,
+            min_length=1,
+            pattern="^[A-Za-z0-9][A-Za-z0-9._/+-]{0,127}$",
+        ),
+    ]
+    incarnation: Annotated[
+        StrictInt, Field(description="A number of things.", ge=0, le=9007199254740991)
+    ]
+    cause: FailureCause
 
 
 EmbeddingItem = TypeAliasType(
@@ -496,6 +722,45 @@ class SessionBudgets(Constrained):
     ] = MISSING
 
 
+class SloSnapshot(Model):
+    """
+    What the tasks of a replica set got within the window.
+    """
+
+    priority: Priority
+    tasks: Annotated[
+        StrictInt,
+        Field(
+            description="Tasks that ended, those left out that their owner canceled.",
+            ge=0,
+            le=9007199254740991,
+        ),
+    ]
+    first_token_p95_ms: Annotated[
+        StrictInt | None,
+        Field(
+            description="Acceptance to first token, of 95 of 100 tasks at most; null when none had a token.",
+            ge=0,
+            le=9007199254740991,
+        ),
+    ]
+    total_p95_ms: Annotated[
+        StrictInt | None,
+        Field(
+            description="Acceptance to the end, of 95 of 100 that succeeded at most; null when none did.",
+            ge=0,
+            le=9007199254740991,
+        ),
+    ]
+    error_ratio: Annotated[
+        StrictFloat, Field(description="The part of them that failed.", ge=0.0, le=1.0)
+    ]
+    window_ms: Annotated[
+        StrictInt,
+        Field(description="How far back it looks at most.", ge=0, le=9007199254740991),
+    ]
+
+
 class StartedFrame(Model):
     """
     The task has started on a replica. Durable.
@@ -534,11 +799,11 @@ class StartedFrame(Model):
     replica_id: Annotated[
         StrictStr,
         Field(
-            description="Id of a replica, unique in the server.",
+            description="Id of a replica, unique in the server: its pool and its name there. The process that takes the place of another in a reload has the same id with a `+`, and the next one is without it again.",
             examples=["small/0"],
             max_length=128,
             min_length=1,
-            pattern="^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$",
+            pattern="^[A-Za-z0-9][A-Za-z0-9._/+-]{0,127}$",
         ),
     ]
     kv_warmth: Annotated[
@@ -649,6 +914,12 @@ class WaitReason(StrEnum):
     quota = "quota"
 
 
+Words = TypeAliasType(
+    "Words",
+    Annotated[StrictStr, Field(description="An argument or a path.", max_length=32768)],
+)
+
+
 class Workload(StrEnum):
     """
     What a task asks for.
@@ -677,6 +948,71 @@ class BudgetsRemaining(Model):
         ),
     ]
     cost: Annotated[StrictFloat | None, Field(ge=0.0, le=1000000000.0)]
+
+
+class ConfigChange(Model):
+    """
+    What became of the latest reload.
+    """
+
+    state: ChangeState
+    started_at: Annotated[
+        StrictStr,
+        Field(
+            description="A point in time, RFC 3339, UTC.",
+            examples=["2025-11-23T04:25:00.123Z"],
+            max_length=40,
+        ),
+    ]
+    ended_at: Annotated[
+        StrictStr | None,
+        Field(
+            description="A point in time, RFC 3339, UTC.",
+            examples=["2025-11-23T04:25:00.123Z"],
+            max_length=40,
+        ),
+    ]
+    changed: Annotated[
+        list[ChangedItem],
+        Field(
+            description="The settings that differ, by path; never their values.",
+            max_length=4096,
+        ),
+    ]
+    message: Annotated[
+        StrictStr | None, Field(description="Why it failed.", max_length=16384)
+    ]
+
+
+class ConfigStatus(Model):
+    """
+    The configuration in force, and the latest change of it.
+    """
+
+    revision: Annotated[
+        StrictInt,
+        Field(
+            description="1 is the configuration of the start; each one that came into force counts one more.",
+            ge=0,
+            le=9007199254740991,
+        ),
+    ]
+    loaded_at: Annotated[
+        StrictStr,
+        Field(
+            description="A point in time, RFC 3339, UTC.",
+            examples=["2025-11-23T04:25:00.123Z"],
+            max_length=40,
+        ),
+    ]
+    can_revert: Annotated[
+        StrictBool,
+        Field(description="Whether there is a previous configuration to go back to."),
+    ]
+    change: Annotated[
+        ConfigChange | None,
+        Field(description="The latest reload or revert; null when there was none."),
+    ]
 
 
 class EndFrame(Model):
@@ -713,6 +1049,56 @@ class EndFrame(Model):
     ]
     finish_reason: FinishReason
     usage: Usage
+
+
+class Gpu(Model):
+    """
+    A GPU as last read.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    index: Annotated[
+        StrictInt, Field(description="A number of things.", ge=0, le=9007199254740991)
+    ]
+    name: Annotated[StrictStr, Field(max_length=256)]
+    total_bytes: Annotated[
+        StrictInt, Field(description="A number of things.", ge=0, le=9007199254740991)
+    ]
+    used_bytes: Annotated[
+        StrictInt, Field(description="A number of things.", ge=0, le=9007199254740991)
+    ]
+    utilization: Annotated[
+        StrictFloat | None,
+        Field(description="How busy it is; null where it is not told.", ge=0.0, le=1.0),
+    ]
+    is_lost: Annotated[StrictBool, Field(description="Whether the driver gave it up.")]
+
+
+class HostFacts(Model):
+    """
+    What a pool manager tells of its host.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    gpus: Annotated[list[Gpu], Field(max_length=1024)]
+    ram_total_bytes: Annotated[
+        StrictInt, Field(description="A number of things.", ge=0, le=9007199254740991)
+    ]
+    ram_available_bytes: Annotated[
+        StrictInt, Field(description="A number of things.", ge=0, le=9007199254740991)
+    ]
+    driver_resets: Annotated[
+        StrictInt,
+        Field(
+            description="Resets of a GPU driver that the manager saw since it started.",
+            ge=0,
+            le=9007199254740991,
+        ),
+    ]
 
 
 class LastError(Model):
@@ -799,6 +1185,138 @@ class MetricsFrame(Model):
     ] = MISSING
 
 
+class NodeProcess(Model):
+    """
+    A process of a node.
+    """
+
+    replica_id: Annotated[
+        StrictStr,
+        Field(
+            description="Id of a replica, unique in the server: its pool and its name there. The process that takes the place of another in a reload has the same id with a `+`, and the next one is without it again.",
+            examples=["small/0"],
+            max_length=128,
+            min_length=1,
+            pattern="^[A-Za-z0-9][A-Za-z0-9._/+-]{0,127}$",
+        ),
+    ]
+    phase: ProcessPhase
+    incarnation: Annotated[
+        StrictInt, Field(description="A number of things.", ge=0, le=9007199254740991)
+    ]
+
+
+class NodeReplica(Model):
+    """
+    What became of one order of a node.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    replica_id: Annotated[
+        StrictStr,
+        Field(
+            description="Id of a replica, unique in the server: its pool and its name there. The process that takes the place of another in a reload has the same id with a `+`, and the next one is without it again.",
+            examples=["small/0"],
+            max_length=128,
+            min_length=1,
+            pattern="^[A-Za-z0-9][A-Za-z0-9._/+-]{0,127}$",
+        ),
+    ]
+    generation: Annotated[
+        StrictInt, Field(description="A number of things.", ge=0, le=9007199254740991)
+    ]
+    phase: ProcessPhase
+    incarnation: Annotated[
+        StrictInt, Field(description="A number of things.", ge=0, le=9007199254740991)
+    ]
+    pid: Annotated[
+        StrictInt | None,
+        Field(description="A number of things.", ge=0, le=9007199254740991),
+    ]
+    url: Annotated[
+        StrictStr | None,
+        Field(
+            description="Where the server reaches the engine, through the node's relay.",
+            max_length=2048,
+            pattern="^https?://[^/?#@\\s]+/?$",
+        ),
+    ]
+    api_key: Annotated[
+        StrictStr | None,
+        Field(
+            description="The key that the engine asks for, random for each start.",
+            max_length=4096,
+        ),
+    ]
+    engine_version: Annotated[
+        StrictStr | None,
+        Field(
+            description="Version of the engine as it was stated or measured.",
+            examples=["b6500"],
+            max_length=128,
+            min_length=1,
+        ),
+    ]
+    model_digest: Annotated[
+        StrictStr | None,
+        Field(
+            description="Digest of the model's weights.",
+            examples=["sha256:b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"],
+            max_length=71,
+            pattern="^sha256:[0-9a-f]{64}$",
+        ),
+    ]
+    cause: Annotated[FailureCause | None, Field(...)]
+    error: Annotated[ReportedError | None, Field(...)]
+    restarts: Annotated[
+        dict[str, Count],
+        Field(description="How often it was started again, by cause.", max_length=64),
+    ]
+    breaker: Breaker
+    next_start_ms: Annotated[
+        StrictInt | None, Field(description="Milliseconds.", ge=0, le=9007199254740991)
+    ]
+    load_ms: Annotated[
+        StrictInt | None, Field(description="Milliseconds.", ge=0, le=9007199254740991)
+    ]
+
+
+class OrderSupervision(Model):
+    """
+    How long the process may take, and how it is started again.
+    """
+
+    start_s: Annotated[
+        StrictFloat, Field(description="Seconds.", ge=0.0, le=1000000000.0)
+    ]
+    unresponsive_s: Annotated[
+        StrictFloat, Field(description="Seconds.", ge=0.0, le=1000000000.0)
+    ]
+    stop_s: Annotated[
+        StrictFloat, Field(description="Seconds.", ge=0.0, le=1000000000.0)
+    ]
+    backoff_first_s: Annotated[
+        StrictFloat, Field(description="Seconds.", ge=0.0, le=1000000000.0)
+    ]
+    backoff_factor: Annotated[
+        StrictFloat, Field(description="Seconds.", ge=0.0, le=1000000000.0)
+    ]
+    backoff_max_s: Annotated[
+        StrictFloat, Field(description="Seconds.", ge=0.0, le=1000000000.0)
+    ]
+    storm_failures: Annotated[
+        StrictInt, Field(description="A number of things.", ge=0, le=9007199254740991)
+    ]
+    cool_down_s: Annotated[
+        StrictFloat, Field(description="Seconds.", ge=0.0, le=1000000000.0)
+    ]
+    stable_s: Annotated[
+        StrictFloat, Field(description="Seconds.", ge=0.0, le=1000000000.0)
+    ]
+
+
 class Placement(Model):
     """
     Where the latest attempt of a task runs or ran.
@@ -817,15 +1335,89 @@ class Placement(Model):
     replica_id: Annotated[
         StrictStr,
         Field(
-            description="Id of a replica, unique in the server.",
+            description="Id of a replica, unique in the server: its pool and its name there. The process that takes the place of another in a reload has the same id with a `+`, and the next one is without it again.",
             examples=["small/0"],
             max_length=128,
             min_length=1,
-            pattern="^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$",
+            pattern="^[A-Za-z0-9][A-Za-z0-9._/+-]{0,127}$",
         ),
     ]
     attempt: Annotated[
         StrictInt, Field(description="Number of the attempt, from 1.", ge=1, le=1000000)
+    ]
+
+
+class PoolChange(Model):
+    """
+    A drain or reload of a pool, as far as it is.
+    """
+
+    kind: ChangeKind
+    state: ChangeState
+    started_at: Annotated[
+        StrictStr,
+        Field(
+            description="A point in time, RFC 3339, UTC.",
+            examples=["2025-11-23T04:25:00.123Z"],
+            max_length=40,
+        ),
+    ]
+    deadline_at: Annotated[
+        StrictStr | None,
+        Field(
+            description="When what still runs on the replica that is drained now is moved or ended; null while none is.",
+            examples=["2025-11-23T04:25:00.123Z"],
+            max_length=40,
+        ),
+    ]
+    ended_at: Annotated[
+        StrictStr | None,
+        Field(
+            description="A point in time, RFC 3339, UTC.",
+            examples=["2025-11-23T04:25:00.123Z"],
+            max_length=40,
+        ),
+    ]
+    replicas_total: Annotated[
+        StrictInt, Field(description="A number of things.", ge=0, le=9007199254740991)
+    ]
+    replicas_done: Annotated[
+        StrictInt, Field(description="A number of things.", ge=0, le=9007199254740991)
+    ]
+    running: Annotated[
+        StrictInt,
+        Field(
+            description="Attempts that hold slots of the pool's replicas.",
+            ge=0,
+            le=9007199254740991,
+        ),
+    ]
+    queued: Annotated[
+        StrictInt,
+        Field(
+            description="Tasks that wait in the route's queues.",
+            ge=0,
+            le=9007199254740991,
+        ),
+    ]
+    moved: Annotated[
+        StrictInt,
+        Field(
+            description="Tasks that were broken off at the deadline and wait for another replica, or went on there.",
+            ge=0,
+            le=9007199254740991,
+        ),
+    ]
+    ready_ms: Annotated[
+        StrictInt | None,
+        Field(
+            description="From the order of the newest replacement until it was Ready.",
+            ge=0,
+            le=9007199254740991,
+        ),
+    ]
+    message: Annotated[
+        StrictStr | None, Field(description="Why it failed.", max_length=4096)
     ]
 
 
@@ -933,11 +1525,11 @@ class ReplicaHealth(Model):
     replica_id: Annotated[
         StrictStr,
         Field(
-            description="Id of a replica, unique in the server.",
+            description="Id of a replica, unique in the server: its pool and its name there. The process that takes the place of another in a reload has the same id with a `+`, and the next one is without it again.",
             examples=["small/0"],
             max_length=128,
             min_length=1,
-            pattern="^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$",
+            pattern="^[A-Za-z0-9][A-Za-z0-9._/+-]{0,127}$",
         ),
     ]
     state: ReplicaState
@@ -975,6 +1567,35 @@ class ReplicaHealth(Model):
     determinism: DeterminismClass
     allow_cpu: Annotated[
         StrictBool, Field(description="Whether the replica may run without a GPU.")
+    ]
+    devices: Annotated[
+        list[Count],
+        Field(
+            description="The GPUs of its mask; empty when it has none of its own.",
+            max_length=64,
+        ),
+    ]
+    kv_cache_usage_ratio: Annotated[
+        StrictFloat | None,
+        Field(
+            description="Part of the engine's KV cache that running tasks fill; null while it is not told.",
+            ge=0.0,
+            le=1.0,
+        ),
+    ]
+    node: Annotated[
+        StrictStr | None,
+        Field(
+            description="The node that runs it; null when it runs on the server's own host, or somebody else started it.",
+            examples=["gpu-2"],
+            max_length=64,
+            min_length=1,
+            pattern="^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
+        ),
+    ]
+    process: Annotated[
+        ReplicaProcess | None,
+        Field(description="Its process; null when somebody else started it."),
     ]
     last_error: Annotated[LastError | None, Field(...)]
 
@@ -1039,6 +1660,13 @@ class ReplicaSet(Model):
     determinism: DeterminismClass
     replica_ids: Annotated[list[ReplicaId], Field(max_length=1024)]
     load: ReplicaSetLoad
+    slo: Annotated[
+        list[SloSnapshot],
+        Field(
+            description="What its tasks of late got, by priority; a priority without one is absent.",
+            max_length=2,
+        ),
+    ]
 
 
 class ReplicaSetList(Model):
@@ -1556,6 +2184,230 @@ class ErrorFrame(Problem):
     """
 
 
+class Node(Model):
+    """
+    A configured node.
+    """
+
+    node_id: Annotated[
+        StrictStr,
+        Field(
+            description="Id of a node.",
+            examples=["gpu-2"],
+            max_length=64,
+            min_length=1,
+            pattern="^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
+        ),
+    ]
+    state: NodeState
+    since: Annotated[
+        StrictStr | None,
+        Field(
+            description="Since when it is in this state; null when it never came.",
+            examples=["2025-11-23T04:25:00.123Z"],
+            max_length=40,
+        ),
+    ]
+    manager_version: Annotated[StrictStr | None, Field(max_length=64)]
+    address: Annotated[
+        StrictStr | None,
+        Field(description="Where its engines are reached.", max_length=256),
+    ]
+    lease_remaining_ms: Annotated[
+        StrictInt | None, Field(description="Milliseconds.", ge=0, le=9007199254740991)
+    ]
+    host: Annotated[HostFacts | None, Field(description="Its host as last told.")]
+    replicas: Annotated[list[NodeProcess], Field(max_length=4096)]
+
+
+class NodeHeartbeat(Model):
+    """
+    A sign of life of a pool manager.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    lease_id: Annotated[
+        StrictStr,
+        Field(
+            description="The hold of a pool manager on its node.",
+            examples=["4f8b0c0e-7f4c-4a43-9a5e-0a4f0d3f7a10"],
+            max_length=64,
+            min_length=1,
+            pattern="^[A-Za-z0-9-]{1,64}$",
+        ),
+    ]
+    host: HostFacts
+    replicas: Annotated[list[NodeReplica], Field(max_length=4096)]
+
+
+class NodeList(Model):
+    """
+    The nodes.
+    """
+
+    nodes: Annotated[list[Node], Field(max_length=1024)]
+
+
+class NodeOrder(Model):
+    """
+    A replica that a node is to run, as its entry in the configuration says.
+    """
+
+    replica_id: Annotated[
+        StrictStr,
+        Field(
+            description="Id of a replica, unique in the server: its pool and its name there. The process that takes the place of another in a reload has the same id with a `+`, and the next one is without it again.",
+            examples=["small/0"],
+            max_length=128,
+            min_length=1,
+            pattern="^[A-Za-z0-9][A-Za-z0-9._/+-]{0,127}$",
+        ),
+    ]
+    pool_id: Annotated[
+        StrictStr,
+        Field(
+            description="Id of a pool from the configuration.",
+            examples=["small"],
+            max_length=64,
+            min_length=1,
+            pattern="^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
+        ),
+    ]
+    engine: Engine
+    launcher: Annotated[StrictStr, Field(max_length=32)]
+    model: Annotated[
+        StrictStr,
+        Field(
+            description="Name of a configured model.",
+            examples=["smollm2-135m-instruct"],
+            max_length=256,
+            min_length=1,
+            pattern="^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,255}$",
+        ),
+    ]
+    model_path: Annotated[
+        StrictStr | None, Field(description="An argument or a path.", max_length=32768)
+    ]
+    model_digest: Annotated[
+        StrictStr | None,
+        Field(
+            description="Digest of the model's weights.",
+            examples=["sha256:b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"],
+            max_length=71,
+            pattern="^sha256:[0-9a-f]{64}$",
+        ),
+    ]
+    ctx: Annotated[
+        StrictInt, Field(description="Context in tokens.", ge=1, le=16777216)
+    ]
+    slots: Annotated[
+        StrictInt, Field(description="A number of things.", ge=0, le=9007199254740991)
+    ]
+    allow_cpu: StrictBool
+    devices: Annotated[list[Count], Field(max_length=64)]
+    tensor_split: Annotated[list[StrictFloat], Field(max_length=64)]
+    port: Annotated[
+        StrictInt, Field(description="A number of things.", ge=0, le=9007199254740991)
+    ]
+    threads: Annotated[
+        StrictInt | None,
+        Field(description="A number of things.", ge=0, le=9007199254740991),
+    ]
+    binary: Annotated[
+        StrictStr | None, Field(description="An argument or a path.", max_length=32768)
+    ]
+    arguments: Annotated[list[Words], Field(max_length=256)]
+    command: Annotated[list[Words], Field(max_length=256)]
+    environment: Annotated[dict[str, Words], Field(max_length=256)]
+    health_path: Annotated[
+        StrictStr, Field(description="An argument or a path.", max_length=32768)
+    ]
+    memory_limit_bytes: Annotated[
+        StrictInt | None,
+        Field(description="A number of things.", ge=0, le=9007199254740991),
+    ]
+    headroom: OrderHeadroom
+    supervision: OrderSupervision
+    generation: Annotated[
+        StrictInt, Field(description="A number of things.", ge=0, le=9007199254740991)
+    ]
+
+
+class NodeOrders(Model):
+    """
+    The lease of a node, and everything that it is to run.
+    """
+
+    lease_id: Annotated[
+        StrictStr,
+        Field(
+            description="The hold of a pool manager on its node.",
+            examples=["4f8b0c0e-7f4c-4a43-9a5e-0a4f0d3f7a10"],
+            max_length=64,
+            min_length=1,
+            pattern="^[A-Za-z0-9-]{1,64}$",
+        ),
+    ]
+    lease_ms: Annotated[
+        StrictInt,
+        Field(
+            description="How long the lease lasts from this answer on; then the manager cuts what still runs.",
+            ge=0,
+            le=9007199254740991,
+        ),
+    ]
+    heartbeat_ms: Annotated[
+        StrictInt,
+        Field(
+            description="When the next heartbeat is expected.",
+            ge=0,
+            le=9007199254740991,
+        ),
+    ]
+    wanted: Annotated[list[NodeOrder], Field(max_length=4096)]
+    restarts: Annotated[list[RestartOrder], Field(max_length=4096)]
+
+
+class NodeRegistration(Model):
+    """
+    A pool manager that joins.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    boot_id: Annotated[
+        StrictStr,
+        Field(
+            description="Drawn anew by every pool manager process.",
+            examples=["4f8b0c0e-7f4c-4a43-9a5e-0a4f0d3f7a10"],
+            max_length=64,
+            min_length=1,
+            pattern="^[A-Za-z0-9-]{1,64}$",
+        ),
+    ]
+    manager_version: Annotated[
+        StrictStr,
+        Field(
+            description="Its version of llorch; major and minor must be the server's.",
+            max_length=64,
+            min_length=1,
+        ),
+    ]
+    address: Annotated[
+        StrictStr,
+        Field(
+            description="The address of the node at which its engines are reached.",
+            max_length=256,
+            min_length=1,
+        ),
+    ]
+    host: HostFacts
+    replicas: Annotated[list[NodeReplica], Field(max_length=4096)]
+
+
 class Pool(Model):
     """
     A configured pool.
@@ -1617,6 +2469,12 @@ class PoolHealth(Model):
     ]
     draining: Annotated[
         StrictBool, Field(description="Whether the pool starts no new tasks.")
+    ]
+    change: Annotated[
+        PoolChange | None,
+        Field(
+            description="The latest drain or reload of the pool; null when there was none since the server started."
+        ),
     ]
     last_error: Annotated[LastError | None, Field(...)]
     notice: Annotated[

@@ -100,6 +100,26 @@ class Operations(Protocol[Context_contra]):
         """Read the health of a pool (GET /v1/pools/{pool_id}/health)."""
         ...
 
+    async def drain_pool(
+        self,
+        *,
+        ctx: Context_contra,
+        pool_id: str,
+        body: models.DrainRequest | None,
+    ) -> Reply[Literal[202], models.PoolChange]:
+        """Drain a pool (POST /v1/pools/{pool_id}/drain)."""
+        ...
+
+    async def reload_pool(
+        self,
+        *,
+        ctx: Context_contra,
+        pool_id: str,
+        body: models.ReloadRequest | None,
+    ) -> Reply[Literal[202], models.PoolChange]:
+        """Replace the engines of a pool (POST /v1/pools/{pool_id}/reload)."""
+        ...
+
     async def list_replica_sets(
         self,
         *,
@@ -114,6 +134,68 @@ class Operations(Protocol[Context_contra]):
         ctx: Context_contra,
     ) -> Reply[Literal[200], models.Capabilities]:
         """Read what the server can do (GET /v1/capabilities)."""
+        ...
+
+    async def get_config(
+        self,
+        *,
+        ctx: Context_contra,
+    ) -> Reply[Literal[200], models.ConfigStatus]:
+        """Read what became of the configuration (GET /v1/config)."""
+        ...
+
+    async def reload_config(
+        self,
+        *,
+        ctx: Context_contra,
+    ) -> Reply[Literal[202], models.ConfigStatus]:
+        """Reload the configuration (POST /v1/config/reload)."""
+        ...
+
+    async def revert_config(
+        self,
+        *,
+        ctx: Context_contra,
+    ) -> Reply[Literal[202], models.ConfigStatus]:
+        """Go back to the previous configuration (POST /v1/config/revert)."""
+        ...
+
+    async def list_nodes(
+        self,
+        *,
+        ctx: Context_contra,
+    ) -> Reply[Literal[200], models.NodeList]:
+        """List the nodes (GET /v1/nodes)."""
+        ...
+
+    async def register_node(
+        self,
+        *,
+        ctx: Context_contra,
+        node_id: str,
+        body: models.NodeRegistration,
+    ) -> Reply[Literal[200], models.NodeOrders]:
+        """Join as a node (PUT /v1/nodes/{node_id})."""
+        ...
+
+    async def leave_node(
+        self,
+        *,
+        ctx: Context_contra,
+        node_id: str,
+        lease_id: str,
+    ) -> NoContent:
+        """Leave (DELETE /v1/nodes/{node_id})."""
+        ...
+
+    async def renew_node(
+        self,
+        *,
+        ctx: Context_contra,
+        node_id: str,
+        body: models.NodeHeartbeat,
+    ) -> Reply[Literal[200], models.NodeOrders]:
+        """Renew the lease of a node (POST /v1/nodes/{node_id}/heartbeat)."""
         ...
 
     async def get_liveness(

@@ -150,6 +150,12 @@ class PoolUnavailable(LlorchError):
     retriable = True
 
 
+class UntrustedArtifact(LlorchError):
+    """A model file is not the one that the configuration names."""
+
+    code = "UNTRUSTED_ARTIFACT"
+
+
 class ReplicaExhausted(LlorchError):
     """Every attempt ended with a failing replica."""
 

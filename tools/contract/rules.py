@@ -17,7 +17,7 @@ from tools.contract.source import Contract, ContractError, Document, lookup, ope
 _JSON = "application/json"
 _REQ_ID = re.compile(r"^(ORCH-\d{4}|OC-[A-Z]+-\d{4})$")
 _OPERATION_ID = re.compile(r"^[a-z][a-z0-9]*(_[a-z0-9]+)*$")
-_SCOPES = ("none", "any", "data", "control", "admin")
+_SCOPES = ("none", "any", "data", "control", "admin", "node")
 
 # What a generated model cannot enforce: a request schema that used one would be stricter than its model.
 _NOT_IN_REQUESTS = ("not", "anyOf", "uniqueItems", "patternProperties", "maxProperties")

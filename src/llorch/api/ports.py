@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from llorch.domain.task import TaskState
-from llorch.service.inventory import PoolView, ReplicaSetView
+from llorch.service.inventory import ConfigStatus, PoolChange, PoolView, ReplicaSetView
 from llorch.service.routes import Routes
 from llorch.service.streams import Reader
 from llorch.service.submission import Acceptance, SessionView, Submission, TaskView
@@ -70,4 +70,32 @@ class Pools(Protocol):
 
     def count_ready(self) -> int:
         """Replicas that take tasks now."""
+        ...
+
+    def drain(self, pool_id: str, deadline_s: float | None) -> PoolChange:
+        """Begin to drain; raises NotFound, and Conflict while another change of the pool is under way."""
+        ...
+
+    def reload(self, pool_id: str, deadline_s: float | None) -> PoolChange:
+        """Begin to replace the engines; raises NotFound, and Conflict while another change of the pool is under way."""
+        ...
+
+
+class Configurations(Protocol):
+    """The configuration file and what is in force of it."""
+
+    def status(self) -> ConfigStatus:
+        """What is in force."""
+        ...
+
+    async def reload(self) -> ConfigStatus:
+        """Begin to apply the file as it is now.
+
+        Raises InvalidParams for a file that cannot be used, or that changes what needs a restart; Conflict while a change
+        is under way.
+        """
+        ...
+
+    async def revert(self) -> ConfigStatus:
+        """Begin to go back to the previous configuration. Raises as reload does; InvalidParams when there is none."""
         ...

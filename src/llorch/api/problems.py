@@ -34,6 +34,7 @@ STATUS: dict[type[LlorchError], HTTPStatus] = {
     errors.UnsupportedMediaType: HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
     errors.InvalidParams: HTTPStatus.UNPROCESSABLE_ENTITY,
     errors.DeadlineUnmet: HTTPStatus.UNPROCESSABLE_ENTITY,
+    errors.UntrustedArtifact: HTTPStatus.UNPROCESSABLE_ENTITY,
     errors.AdmissionReject: HTTPStatus.TOO_MANY_REQUESTS,
     errors.QueueFullDropLru: HTTPStatus.TOO_MANY_REQUESTS,
     errors.QuotaExceeded: HTTPStatus.TOO_MANY_REQUESTS,
