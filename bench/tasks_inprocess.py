@@ -112,7 +112,7 @@ class Bench:
             ledger=ledger,
             records=self.records,
             journal=MemoryJournal(),
-            runner=Runner({"p/0": engine}),
+            runner=Runner({"p/0": engine}.__getitem__),
             telemetry=telemetry,
             clock=clock,
             on_suspect=pools.suspect,

@@ -1,37 +1,51 @@
 """The composition root: the only module that names concrete classes.
 
-`build` makes a service of a configuration; `serve` runs it until a signal.
+`Service` is made of a configuration; `serve` runs it until a signal, `run_pool_manager` a host of engines that joins.
 """
 
 import asyncio
 import gc
 import os
 import resource
+import signal
 import ssl
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from uuid import uuid4
 
 import uvloop
 from structlog.typing import FilteringBoundLogger
 
-from llorch import config
+from llorch import __version__, config
 from llorch.adapters.http import Timeouts
 from llorch.adapters.llamacpp import LlamaCppEngine
 from llorch.api.asgi import build_api
+from llorch.api.auth import Keys
 from llorch.api.server import Address, Server
+from llorch.config_diff import difference
+from llorch.deployment import deployment_of
 from llorch.domain.events import ShutdownRequested
 from llorch.domain.ledger import Ledger
 from llorch.domain.scheduler import Scheduler
-from llorch.domain.task import Priority, TaskKey
-from llorch.errors import ConfigError, LaunchError
-from llorch.launch.llamacpp import EngineProcess
-from llorch.launch.model_file import DEMO_MODEL_NAME, find_demo_model
+from llorch.domain.task import Cohort, Priority, TaskKey
+from llorch.errors import ConfigError, InvalidParams, LlorchError
+from llorch.gauges import LOCAL_NODE, host_gauges, route_gauges
+from llorch.launch.gguf import trained_context
+from llorch.launch.llamacpp import installed_version
+from llorch.launch.model_file import DEMO_MODEL_NAME, DEMO_MODEL_SHA256, find_demo_model
+from llorch.live import EngineReporter, Live
+from llorch.poolmanager.devices import NvmlDevices
+from llorch.poolmanager.supervisor import Supervisor
+from llorch.service.changes import Changes
+from llorch.service.configurations import Candidate, Configurations, Deployment
 from llorch.service.dispatcher import Dispatcher
-from llorch.service.inventory import Fact
+from llorch.service.inventory import SloSnapshot
+from llorch.service.launching import LaunchReport, Manager
+from llorch.service.nodes import Nodes
 from llorch.service.pools import Pools
-from llorch.service.probes import UNVERIFIED, Pool, ReplicaConfig
+from llorch.service.probes import ReplicaConfig
 from llorch.service.records import Records
 from llorch.service.routes import Routes
 from llorch.service.runner import Runner
@@ -43,17 +57,16 @@ from llorch.settings import (
     client_limits,
     default_quota,
     key_records,
+    node_configs,
     quotas,
     retention,
-    route_id_of,
-    route_policy,
     route_scopes,
-    service_pool,
     session_limits,
 )
 from llorch.stores.memory import MemoryJournal
 from llorch.telemetry import Sample, Telemetry
 from llorch.telemetry_log import set_up as set_up_logging
+from llorch.telemetry_slo import WINDOW_S
 from llorch_contract.metrics import FAMILIES
 
 RELEASE_S = 5.0
@@ -64,6 +77,9 @@ SPARE_FILES = 256
 
 DEMO_POOL, DEMO_CTX = "demo", 2048
 
+SECRET_CHARS = 12
+"""Values of an engine's environment this long may be secrets, and are kept out of log lines; shorter ones are words."""
+
 
 class SystemClock:
     """The machine's clock."""
@@ -73,33 +89,73 @@ class SystemClock:
 
 
 class Service:
-    """A whole service: `api` answers HTTP once `lifespan` runs; `drain` ends it in order."""
+    """A whole service: `api` answers HTTP once `lifespan` runs; `drain` ends it in order.
 
-    def __init__(
-        self, settings: config.Settings, log: FilteringBoundLogger, measured: Sequence[EngineProcess] = ()
-    ) -> None:
+    `path` is the configuration file that a reload reads again; None where there is none.
+    """
+
+    def __init__(self, settings: config.Settings, log: FilteringBoundLogger, path: Path | None = None) -> None:
         self.settings = settings
         self.log = log
+        self._path = path
         clock, streams = SystemClock(), settings.streams
-        pools = [service_pool(settings, pool) for pool in settings.pools]
-        replicas = list(_replicas(settings, pools, measured))
-        routes = {pool.route.route_id: pool.route for pool in pools}
+        deployment = deployment_of(settings)
         ledger = Ledger(session_limits(settings), quotas(settings), default_quota(settings))
-        policies = {route_id_of(pool): route_policy(settings, pool) for pool in settings.pools}
-        schedulers = {name: Scheduler(policy, ledger) for name, policy in policies.items()}
-        self.pools = Pools(
-            routes=Routes(routes.values()), pools=pools, replicas=replicas, schedulers=schedulers, clock=clock
-        )
+        schedulers = {name: Scheduler(policy, ledger) for name, policy in deployment.policies.items()}
+        self._clock = clock
         self.telemetry = Telemetry(FAMILIES, route_scopes(settings), log, self._describe)
+        self._reporter = EngineReporter(self.telemetry, log)
+        self.supervisor = Supervisor(
+            owner=_owner(settings, path), devices=NvmlDevices(), report=self._take_launch, log=log
+        )
+        self.nodes = Nodes(
+            node_configs(settings),
+            version=__version__,
+            clock=clock,
+            lease_s=settings.node_lease_s,
+            report=self._take_launch,
+            new_id=lambda: str(uuid4()),
+        )
+        self.pools = Pools(
+            routes=Routes(deployment.routes.values()),
+            pools=list(deployment.pools.values()),
+            replicas=deployment.replicas,
+            schedulers=schedulers,
+            clock=clock,
+            connect=_connect,
+            managers=self._manager_of,
+            on_launch=self._reporter.on_launch,
+            on_test=self._reporter.on_test,
+            slo_of=self._slo_of,
+        )
+        self.changes = Changes(self.pools, self._reporter.on_change)
         self.dispatcher = Dispatcher(
             schedulers=schedulers,
             ledger=ledger,
             records=Records(retention(settings)),
             journal=MemoryJournal(),
-            runner=Runner({replica.replica_id: replica.engine for replica in replicas}),
+            runner=Runner(self.pools.engine),
             telemetry=self.telemetry,
             clock=clock,
             on_suspect=self.pools.suspect,
+            on_end=self.pools.note_end,
+            on_move=self.changes.note_moved,
+        )
+        keys = Keys(key_records(settings), node_configs(settings))
+        self.configurations = Configurations(
+            deployment,
+            read=self._read,
+            pools=self.pools,
+            changes=self.changes,
+            live=Live(
+                dispatcher=self.dispatcher,
+                ledger=ledger,
+                pools=self.pools,
+                nodes=self.nodes,
+                keys=keys,
+                telemetry=self.telemetry,
+                log=log,
+            ),
         )
         limits = client_limits(settings)
         self.readers = OpenReaders(streams.heartbeat_s)
@@ -114,8 +170,11 @@ class Service:
             ),
             sessions=Sessions(self.dispatcher),
             pools=self.pools,
+            changes=self.changes,
+            configurations=self.configurations,
+            nodes=self.nodes,
             limits=limits,
-            keys=key_records(settings),
+            keys=keys,
             metrics_text=lambda: self.telemetry.render(self._samples()),
             lifespan=self.lifespan,
             observe=self.telemetry.observe_request,
@@ -124,24 +183,30 @@ class Service:
 
     @asynccontextmanager
     async def lifespan(self, _: object) -> AsyncIterator[None]:
-        """Everything that runs beside requests, for as long as the server does."""
-        self.pools.announce(self.dispatcher.post)
-        async with asyncio.TaskGroup() as group:
+        """Everything that runs beside requests, for as long as the server does. Engines stop last."""
+        loop = asyncio.get_running_loop()
+        async with self.supervisor, asyncio.TaskGroup() as group:
             loops = [
                 group.create_task(self.pools.watch(self.dispatcher.post)),
                 group.create_task(self.readers.beat()),
+                group.create_task(self.nodes.watch()),
             ]
+            self.pools.announce(self.dispatcher.post)
+            loop.add_signal_handler(signal.SIGHUP, lambda: group.create_task(self._reload()))
             try:
                 yield
             finally:
-                for loop in loops:
-                    loop.cancel()
+                loop.remove_signal_handler(signal.SIGHUP)
+                await self._stop_changing()
+                for each in loops:
+                    each.cancel()
                 await self.dispatcher.aclose()
                 await self.pools.aclose()
 
     async def drain(self) -> None:
         """Refuse what is new, end what waits, give what runs its grace; return when every task has ended."""
         self.pools.is_draining = True
+        await self._stop_changing()
         self.dispatcher.post_to_all(ShutdownRequested(self.settings.server.shutdown_grace_s))
         try:
             async with asyncio.timeout(self.settings.server.shutdown_grace_s + RELEASE_S):
@@ -153,6 +218,44 @@ class Service:
         """End the grace of a drain: what still runs gets its last frame now."""
         self.dispatcher.post_to_all(ShutdownRequested(0.0))
 
+    async def _stop_changing(self) -> None:
+        await self.configurations.aclose()
+        await self.changes.aclose()
+
+    async def _reload(self) -> None:
+        """SIGHUP: whoever sent it reads the outcome in the log."""
+        try:
+            await self.configurations.reload()
+        except LlorchError as error:
+            self.log.warning("config_reload_refused", code=error.code, reason=error.message)
+
+    async def _read(self, current: Deployment) -> Candidate:
+        """The configuration as it is on disk now, and how it differs from the one in force."""
+        if self._path is None:
+            raise InvalidParams("there is no configuration file to read again")
+        try:
+            new = await asyncio.to_thread(config.load, self._path, os.environ, inspect_model=trained_context)
+        except ConfigError as error:
+            raise InvalidParams(error.message, details=error.details) from error
+        assert isinstance(current.source, config.Settings)
+        differs = difference(current.source, new)
+        return Candidate(deployment_of(new), differs.changed, differs.needs_restart)
+
+    def _take_launch(self, report: LaunchReport) -> None:
+        self.pools.take_launch(report)
+
+    def _manager_of(self, node: str | None) -> Manager:
+        return self.supervisor if node is None else self.nodes.manager(node)
+
+    def _slo_of(self, route_id: str, cohort: Cohort) -> tuple[SloSnapshot, ...]:
+        now = self._clock.monotonic()
+        windows = [(priority, self.telemetry.slo(route_id, cohort, priority, now)) for priority in Priority]
+        return tuple(
+            SloSnapshot(priority, w.tasks, w.first_token_p95_s, w.total_p95_s, w.error_ratio, WINDOW_S)
+            for priority, w in windows
+            if w is not None
+        )
+
     def _describe(self, key: TaskKey) -> dict[str, str]:
         """What log lines about a task say of it, beside its id."""
         record = self.dispatcher.find(key)
@@ -162,34 +265,25 @@ class Service:
 
     def _samples(self) -> Iterator[Sample]:
         """The gauges, read at the scrape."""
+        nodes, local = self.nodes.list(), self.supervisor.host
+        self._reporter.count_resets({LOCAL_NODE: local, **{n.node_id: n.host for n in nodes if n.host is not None}})
         yield Sample("open_streams", (), len(self.readers))
-        for route_id, scheduler in self.dispatcher.schedulers.items():
-            route = self.pools.routes.get(route_id)
-            for priority in Priority:
-                queue = (route.engine, route.model, priority.value)
-                yield Sample("queue_depth", queue, scheduler.queue.depth(priority))
-        for pool in self.pools.list():
-            yield Sample("pool_allow_cpu", (pool.pool_id,), int(pool.allow_cpu))
-            for replica in pool.replicas:
-                version = replica.engine_version.value or "unverified"
-                labels = (pool.route.engine, version, pool.pool_id, replica.replica_id)
-                yield Sample("replica_ready", labels, int(replica.state.value == "ready"))
-                yield Sample("slots", labels, replica.slots)
-                yield Sample("slots_busy", labels, replica.slots_busy)
+        yield from route_gauges(self.pools, self.dispatcher.schedulers)
+        yield from host_gauges(local, nodes)
 
 
 def serve(path: Path | None) -> None:
     """Run the service until SIGTERM or SIGINT; without a configuration file, a demonstration of it.
 
-    Raises ConfigError for a configuration that cannot be used, LaunchError when an engine could not be started.
+    Raises ConfigError for a configuration that cannot be used, LaunchError when the demonstration has no engine.
     """
-    settings = config.load(path, os.environ)
+    settings = config.load(path, os.environ, inspect_model=trained_context)
     if path is not None and not settings.pools:
         raise ConfigError(f"{path}: pools: at least one pool is needed; without a file a demonstration is served")
     log = set_up_logging(settings.log.level.value, settings.log.format.value, secrets=_secrets(settings))
     _raise_file_limit(settings, log)
     _calm_collector()
-    uvloop.run(_serve(settings, log))
+    uvloop.run(_serve(settings, log, path))
 
 
 def _raise_file_limit(settings: config.Settings, log: FilteringBoundLogger) -> None:
@@ -215,19 +309,14 @@ def _calm_collector() -> None:
     gc.set_threshold(10_000, 50, 100)
 
 
-async def _serve(settings: config.Settings, log: FilteringBoundLogger) -> None:
+async def _serve(settings: config.Settings, log: FilteringBoundLogger, path: Path | None) -> None:
     if settings.pools:
-        await _serve_until_signal(Service(settings, log))
+        await _serve_until_signal(Service(settings, log, path))
         return
+    installed_version()  # the demonstration ends here with the remedy when there is no engine
     model = await find_demo_model()
-    async with EngineProcess(model, slots=1, ctx=DEMO_CTX, alias=DEMO_MODEL_NAME.lower()) as engine:
-        service = Service(_demo_settings(settings, engine), log, [engine])
-        log.warning("cpu_demonstration", notice=CPU_NOTICE, model=str(model), pid=engine.pid, allow_cpu=True)
-        watch = asyncio.create_task(_watch_engine(service, engine))
-        try:
-            await _serve_until_signal(service)
-        finally:
-            watch.cancel()
+    log.warning("cpu_demonstration", notice=CPU_NOTICE, model=str(model), allow_cpu=True)
+    await _serve_until_signal(Service(_demo_settings(settings, model), log))
 
 
 async def _serve_until_signal(service: Service) -> None:
@@ -247,19 +336,21 @@ async def _serve_until_signal(service: Service) -> None:
     await Server(service.api, address, service.drain, service.hurry).serve()
 
 
-async def _watch_engine(service: Service, engine: EngineProcess) -> None:
-    """An engine that dies does not come back: say so, and end what waited for it."""
-    status = await engine.wait()
-    error = LaunchError(f"the engine ended with status {status}; its last words: {engine.last_log[-500:]}")
-    service.pools.fail(f"{DEMO_POOL}/0", error, service.dispatcher.post)
-
-
 def _secrets(settings: config.Settings) -> list[str]:
     """What must never be in a log line, whoever quotes it."""
-    return [r.api_key.get_secret_value() for pool in settings.pools for r in pool.replicas if r.api_key is not None]
+    replicas = [replica for pool in settings.pools for replica in pool.replicas]
+    keys = [replica.api_key.get_secret_value() for replica in replicas if replica.api_key is not None]
+    return keys + [
+        word for r in replicas if r.managed is not None for word in r.managed.env.values() if len(word) >= SECRET_CHARS
+    ]
 
 
-def _demo_settings(settings: config.Settings, engine: EngineProcess) -> config.Settings:
+def _owner(settings: config.Settings, path: Path | None) -> str:
+    """By what the engines of this service are known again when it was killed."""
+    return str(path.resolve()) if path is not None else f"demonstration:{settings.server.port}"
+
+
+def _demo_settings(settings: config.Settings, model: Path) -> config.Settings:
     pool = {
         "id": DEMO_POOL,
         "engine": "llamacpp",
@@ -267,40 +358,18 @@ def _demo_settings(settings: config.Settings, engine: EngineProcess) -> config.S
         "quant": "q4_1",
         "ctx": DEMO_CTX,
         "allow_cpu": True,
-        "replicas": [{"url": engine.url, "slots": 1, "api_key": engine.api_key}],
+        "model_path": str(model),
+        "model_digest": f"sha256:{DEMO_MODEL_SHA256}",
+        "replicas": [{"slots": 1, "managed": {"launcher": "llamacpp"}}],
     }
     return settings.model_copy(update={"pools": [config.Pool.model_validate(pool)]})
 
 
-def _replicas(
-    settings: config.Settings, pools: Sequence[Pool], measured: Sequence[EngineProcess]
-) -> Iterator[ReplicaConfig]:
-    launched = {engine.url: engine for engine in measured}
-    for pool, configured in zip(pools, settings.pools, strict=True):
-        for number, replica in enumerate(configured.replicas):
-            version, digest = _stated(configured.engine_version), _stated(configured.model_digest)
-            if (engine := launched.get(replica.url)) is not None:
-                version = Fact(engine.engine_version, "measured")
-                digest = Fact(f"sha256:{engine.model_digest}", "measured")
-            yield ReplicaConfig(
-                replica_id=f"{pool.pool_id}/{replica.id or number}",
-                pool=pool,
-                engine=_engine(configured, replica),
-                slots=replica.slots,
-                engine_version=version,
-                model_digest=digest,
-            )
-
-
-def _stated(value: str | None) -> Fact:
-    return UNVERIFIED if value is None else Fact(value, "stated")
-
-
-def _engine(pool: config.Pool, replica: config.Replica) -> LlamaCppEngine:
-    timeouts = pool.timeouts
+def _connect(replica: ReplicaConfig, url: str, api_key: str | None) -> LlamaCppEngine:
+    timeouts = replica.timeouts
     return LlamaCppEngine(
-        replica.url,
-        api_key=replica.api_key.get_secret_value() if replica.api_key else None,
+        url,
+        api_key=api_key,
         timeouts=Timeouts(connect_s=timeouts.connect_s, first_byte_s=timeouts.first_byte_s, idle_s=timeouts.idle_s),
-        ssl_context=ssl.create_default_context() if replica.url.startswith("https:") else None,
+        ssl_context=ssl.create_default_context() if url.startswith("https:") else None,
     )

@@ -1,36 +1,29 @@
 """Loads `llorch.yaml` and the environment into one frozen tree, or says everything that is wrong with them at once.
 
-The form of a setting is judged by the contract's schema, what a schema cannot say by the rules below. Messages carry
+The form of a setting is judged by the contract's schema, what a schema cannot say in `config_rules`. Messages carry
 line, setting and remedy, and never a value, which may be a secret.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from ipaddress import ip_address
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path as FilePath
-from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from typing import Any
 
 from jsonschema_rs import Draft202012Validator, ValidationError
-from pydantic import BaseModel
 from pydantic import ValidationError as ModelError
 
-from llorch.config_source import (
-    Document,
-    Path,
-    Schema,
-    apply_environment,
-    nearest,
-    read_yaml,
-    resolve,
-    show_path,
-)
+from llorch.config_replicas import InspectModel
+from llorch.config_rules import EMPTY_PROFILE, KEYLESS_TENANT, check_rules, tenant_names
+from llorch.config_source import Document, Path, Schema, apply_environment, hint, nearest, read_yaml, resolve
 from llorch.errors import ConfigError
 from llorch_contract.config import Config as Settings
 from llorch_contract.config import (
+    Headroom,
     Key,
     Limits,
     Log,
+    Managed,
+    Node,
     Pool,
     Preemption,
     Price,
@@ -42,6 +35,7 @@ from llorch_contract.config import (
     Server,
     Sessions,
     Streams,
+    Supervision,
     Tenant,
     TenantDefaults,
     Timeouts,
@@ -50,9 +44,15 @@ from llorch_contract.config import (
 from llorch_contract.specs import load_config_schema
 
 __all__ = [
+    "EMPTY_PROFILE",
+    "KEYLESS_TENANT",
+    "Headroom",
+    "InspectModel",
     "Key",
     "Limits",
     "Log",
+    "Managed",
+    "Node",
     "Pool",
     "Preemption",
     "Price",
@@ -65,6 +65,7 @@ __all__ = [
     "Sessions",
     "Settings",
     "Streams",
+    "Supervision",
     "Tenant",
     "TenantDefaults",
     "Timeouts",
@@ -73,22 +74,21 @@ __all__ = [
     "tenant_names",
 ]
 
-EMPTY_PROFILE = "v1"
-"""The sampler profile that exists without being configured; it sets nothing."""
-
-KEYLESS_TENANT = "local"
-"""Who everybody is when no keys are configured."""
-
-Part = TypeVar("Part", bound=BaseModel)
-
-
 _LOG = logging.getLogger(__name__)
 
 
-def load(path: FilePath | None, environ: Mapping[str, str], *, warn: Callable[[str], None] = _LOG.warning) -> Settings:
+def load(
+    path: FilePath | None,
+    environ: Mapping[str, str],
+    *,
+    warn: Callable[[str], None] = _LOG.warning,
+    inspect_model: InspectModel | None = None,
+) -> Settings:
     """Read the file (None: there is none), put the environment over it, and check the whole.
 
-    With `compat: true` unknown keys are told to `warn` and left out. Raises ConfigError with a line for each problem.
+    With `compat: true` unknown keys are told to `warn` and left out. `inspect_model` tells the context that the model
+    in a file was trained for, and is asked about models that this host is to load; it raises nothing. Raises
+    ConfigError with a line for each problem.
     """
     schema = load_config_schema()
     document = _read(path)
@@ -97,16 +97,11 @@ def load(path: FilePath | None, environ: Mapping[str, str], *, warn: Callable[[s
     unknown = [document.problem(*found) for found in _drop_unknown(document.values, schema, schema, ())]
     (warnings if is_compat else document.problems).extend(unknown)
     _check_form(document, schema)
-    _Rules(document).check()
+    check_rules(document, inspect_model)
     settings = _build(document)
     for warning in warnings:
         warn(str(warning))
     return settings
-
-
-def tenant_names(keys: Iterable[Key]) -> list[str]:
-    """Every tenant that there is, each once, in the order of the keys."""
-    return list(dict.fromkeys(key.tenant for key in keys)) or [KEYLESS_TENANT]
 
 
 def _read(path: FilePath | None) -> Document:
@@ -151,10 +146,7 @@ def _drop_unknown(value: Any, schema: Schema, root: Schema, path: Path) -> Itera
 
 
 def _unknown_key(key: str, known: list[str]) -> str:
-    meant = nearest(key, known)
-    if meant is not None:
-        return f'unknown key; did you mean "{meant}"?'
-    return f"unknown key; expected one of {', '.join(sorted(known))}"
+    return f"unknown key; {hint(key, known, 'expected one of ' + ', '.join(sorted(known)))}"
 
 
 def _check_form(document: Document, schema: Schema) -> None:
@@ -216,138 +208,3 @@ def _described(error: ValidationError, schema: Schema) -> str:
     for part in error.schema_path[:-1]:
         rule = rule[part]
     return str(rule.get("description", "")).rstrip(".")
-
-
-# Rules
-
-
-_INDISTINCT = "tasks name model and engine, which cannot tell the two routes apart; make them equal, or rename a model"
-_ONE_QUEUE = "pools of one route must agree here; make them equal"
-_OF_A_ROUTE = ("queue", "preemption", "price", "timeouts")
-"""Sections of a pool that are those of its route."""
-
-
-class _Rules:
-    """What a schema cannot say. Parts of a wrong form are passed over here: the schema has told of them."""
-
-    def __init__(self, document: Document) -> None:
-        self._document = document
-        self._pools = list(self._parts("pools", Pool))
-        self._keys = list(self._parts("keys", Key))
-        self._tenants = list(self._parts("tenants", Tenant))
-
-    def check(self) -> None:
-        """Add the problems to the document's."""
-        self._check_unique()
-        self._check_routes()
-        self._check_profiles()
-        self._check_tenants()
-        self._check_exposure()
-        self._check_tls()
-
-    def _parts(self, name: str, model: type[Part]) -> Iterator[tuple[Path, Part]]:
-        written = self._document.values.get(name)
-        for index, value in enumerate(written if isinstance(written, list) else ()):
-            try:
-                yield (name, index), model.model_validate(value)
-            except ModelError:
-                continue
-
-    def _check_unique(self) -> None:
-        self._unique(((*at, "id"), pool.id) for at, pool in self._pools)
-        self._unique(((*at, "id"), key.id) for at, key in self._keys)
-        self._unique(((*at, "sha256"), key.sha256) for at, key in self._keys)
-        self._unique(((*at, "name"), tenant.name) for at, tenant in self._tenants)
-        replicas = [(at, list(enumerate(pool.replicas))) for at, pool in self._pools]
-        self._unique(
-            ((*at, "replicas", index, "url"), _address(replica.url)) for at, some in replicas for index, replica in some
-        )
-        for at, some in replicas:
-            self._unique(((*at, "replicas", index, "id"), replica.id or str(index)) for index, replica in some)
-
-    def _unique(self, entries: Iterator[tuple[Path, str]]) -> None:
-        seen: dict[str, Path] = {}
-        for path, value in entries:
-            first = seen.setdefault(value, path)
-            if first != path:
-                place = f"{show_path(first)} ({self._document.origin(first)})"
-                self._document.complain(path, f"the same as {place}; each needs its own")
-
-    def _check_routes(self) -> None:
-        """1. model and engine name one route. 2. Pools of one route share its queue, its rules and its timeouts."""
-        firsts: dict[tuple[str, str], tuple[Path, Pool]] = {}
-        for path, pool in self._pools:
-            first_path, first = firsts.setdefault((pool.model, pool.engine), (path, pool))
-            identity = _differences(pool, first, ("quant", "ctx", "sampler_profile_version"))
-            for name in identity:
-                self._complain_differs((*path, name), (*first_path, name), _INDISTINCT)
-            for section in () if identity else _OF_A_ROUTE:
-                mine, theirs = getattr(pool, section), getattr(first, section)
-                for name in _differences(mine, theirs, type(mine).model_fields):
-                    self._complain_differs((*path, section, name), (*first_path, section, name), _ONE_QUEUE)
-
-    def _complain_differs(self, path: Path, first: Path, message: str) -> None:
-        self._document.complain(path, f"differs from {show_path(first)} ({self._document.origin(first)}): {message}")
-
-    def _check_profiles(self) -> None:
-        written = self._document.values.get("sampler_profiles")
-        profiles = [EMPTY_PROFILE, *(written if isinstance(written, dict) else ())]
-        for path, pool in self._pools:
-            name = pool.sampler_profile_version
-            if name not in profiles:
-                meant = nearest(name, profiles)
-                hint = f'did you mean "{meant}"?' if meant else "add it to sampler_profiles"
-                self._document.complain((*path, "sampler_profile_version"), f"no such sampler profile; {hint}")
-
-    def _check_tenants(self) -> None:
-        """A quota of a tenant that nobody belongs to would bind nothing, and silently."""
-        written = self._document.values.get("keys", [])
-        if not isinstance(written, list) or len(self._keys) < len(written):
-            return  # a key of wrong form may be the one that names it
-        known = tenant_names(key for _, key in self._keys)
-        for path, tenant in self._tenants:
-            if tenant.name not in known:
-                self._document.complain(
-                    (*path, "name"), f"no key belongs to this tenant; {self._tenant_hint(tenant, known)}"
-                )
-
-    def _tenant_hint(self, tenant: Tenant, known: list[str]) -> str:
-        if not self._keys:
-            return f'without keys everybody is "{KEYLESS_TENANT}"'
-        meant = nearest(tenant.name, known)
-        return f'did you mean "{meant}"?' if meant else "name the tenant of a key, or add a key (`llorch keys new`)"
-
-    def _check_exposure(self) -> None:
-        host = self._server().get("host", Server().host)
-        if isinstance(host, str) and not _is_loopback(host) and not self._document.values.get("keys"):
-            message = "without keys llorch binds loopback only; bind 127.0.0.1, or add a key (`llorch keys new`)"
-            self._document.complain(("server", "host"), message)
-
-    def _check_tls(self) -> None:
-        tls = self._server().get("tls")
-        for name, file in tls.items() if isinstance(tls, dict) else ():
-            if isinstance(file, str) and not FilePath(file).is_file():
-                self._document.complain(("server", "tls", name), "there is no such file")
-
-    def _server(self) -> dict[str, Any]:
-        written = self._document.values.get("server")
-        return written if isinstance(written, dict) else {}
-
-
-def _address(url: str) -> str:
-    """The url in one spelling."""
-    parts = urlsplit(url.rstrip("/"))
-    return f"{parts.scheme}://{parts.netloc.lower()}"
-
-
-def _differences(one: BaseModel, other: BaseModel, names: Any) -> list[str]:
-    return [name for name in names if getattr(one, name) != getattr(other, name)]
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False

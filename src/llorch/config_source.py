@@ -6,7 +6,7 @@ a message: any of them may be a secret.
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
@@ -24,8 +24,13 @@ MAX_NODES = 100_000
 MAX_DEPTH = 32
 
 ENV_PREFIX = "LLORCH_"
-RESERVED_ENV = frozenset({"LLORCH_CONFIG", "LLORCH_DEMO_MODEL", "LLORCH_KEY", "LLORCH_URL"})
-"""Names of the environment that are no settings: the command line reads them."""
+RESERVED_ENV = frozenset(
+    {
+        *("LLORCH_CONFIG", "LLORCH_DEMO_MODEL", "LLORCH_KEY", "LLORCH_URL"),
+        *("LLORCH_ENGINE_KEY", "LLORCH_ENGINE_PARENT", "LLORCH_MANAGER"),
+    }
+)
+"""Names of the environment that are no settings: the command line reads the first, engine processes get the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +60,10 @@ class Document:
             path = path[:-1]
         return self.origins.get(path, self.source)
 
+    def place(self, path: Path) -> str:
+        """The setting and where it was written, for a message about another one."""
+        return f"{show_path(path)} ({self.origin(path)})"
+
     def problem(self, path: Path, message: str) -> Problem:
         """A problem of the setting at `path`."""
         return Problem(self.origin(path), show_path(path), message)
@@ -62,6 +71,14 @@ class Document:
     def complain(self, path: Path, message: str) -> None:
         """Add a problem of the setting at `path`."""
         self.problems.append(self.problem(path, message))
+
+    def check_unique(self, entries: Iterable[tuple[Path, object]]) -> None:
+        """Add a problem for each setting that has the same value as one before it."""
+        seen: dict[object, Path] = {}
+        for path, value in entries:
+            first = seen.setdefault(value, path)
+            if first != path:
+                self.complain(path, f"the same as {self.place(first)}; each needs its own")
 
     def sorted_problems(self) -> list[str]:
         """The problems as text, each once, in the order of the lines."""
@@ -82,6 +99,12 @@ def show_path(path: Path) -> str:
 def nearest(name: str, names: list[str]) -> str | None:
     """The name that was probably meant, or None."""
     return next(iter(get_close_matches(name, names, n=1, cutoff=0.6)), None)
+
+
+def hint(name: str, known: list[str], otherwise: str) -> str:
+    """What to do about a name that matches nothing."""
+    meant = nearest(name, known)
+    return f'did you mean "{meant}"?' if meant else otherwise
 
 
 def resolve(schema: Schema, root: Schema) -> Schema:
@@ -269,7 +292,7 @@ class _Override:
         container: Any = self._document.values
         schema = self._root
         path: Path = ()
-        parts = self._name.removeprefix(ENV_PREFIX).lower().split("__")
+        parts = self._name.removeprefix(ENV_PREFIX).split("__")
         for position, part in enumerate(parts):
             step = self._step(container, schema, part)
             if isinstance(step, str):
@@ -283,20 +306,25 @@ class _Override:
         return None
 
     def _step(self, container: Any, schema: Schema, part: str) -> tuple[str | int, Schema] | str:
-        """The key that `part` means in the container and its schema, or why it means none."""
+        """The key that `part` means in the container and its schema, or why it means none.
+
+        Keys of a map of texts are names of variables, and keep their case; all others are lower-case.
+        """
+        name = part.lower()
         if schema.get("type") == "array":
             size = len(container) if isinstance(container, list) else 0
             if not part.isdecimal() or int(part) > size:
-                return f"expected a number from 0 to {size} for the item of the list, not {part!r}"
+                return f"expected a number from 0 to {size} for the item of the list, not {name!r}"
             return int(part), resolve(schema["items"], self._root)
         properties: Schema = schema.get("properties", {})
-        if part in properties:
-            return part, resolve(properties[part], self._root)
+        if name in properties:
+            return name, resolve(properties[name], self._root)
         others = schema.get("additionalProperties")
         if isinstance(others, Mapping):
+            inner = resolve(others, self._root)
+            new = part if inner.get("type") == "string" else name
             written = container if isinstance(container, dict) else {}
-            key = next((key for key in written if key.lower() == part), part)
-            return key, resolve(others, self._root)
+            return next((key for key in written if key.lower() == name), new), inner
         meant = self._meant()
         return "unknown setting" + (f"; did you mean {meant}?" if meant else "")
 

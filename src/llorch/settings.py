@@ -6,6 +6,7 @@ was left out and the schema cannot say it.
 
 from llorch import config
 from llorch.api.auth import KeyRecord
+from llorch.domain.backoff import RestartPolicy
 from llorch.domain.ledger import SessionLimits
 from llorch.domain.policy import (
     Fairness,
@@ -19,7 +20,9 @@ from llorch.domain.policy import (
     RoutePolicy,
 )
 from llorch.domain.task import Priority
+from llorch.service.launching import Headroom, LaunchOrder, Supervision
 from llorch.service.limits import Limits
+from llorch.service.nodes import NodeConfig
 from llorch.service.ports import Sampling
 from llorch.service.probes import Pool
 from llorch.service.records import Retention
@@ -30,6 +33,8 @@ from llorch.telemetry import RouteScope
 CPU_NOTICE = "CPU demonstration: this pool runs on the CPU (allow_cpu); its speed says nothing of a GPU."
 
 LLAMACPP_FEATURES = frozenset({"prompt", "messages", "stop", "grammar", "json_schema"})
+
+_MIB = 1024 * 1024
 
 
 # Routes and pools
@@ -42,7 +47,7 @@ def route_id_of(pool: config.Pool) -> str:
 
 def service_pool(settings: config.Settings, pool: config.Pool) -> Pool:
     """The pool as the service knows it, with its route."""
-    return Pool(pool.id, _route(settings, pool), CPU_NOTICE if pool.allow_cpu else None)
+    return Pool(pool.id, _route(settings, pool), CPU_NOTICE if pool.allow_cpu else None, drain_s=pool.drain_s)
 
 
 def _route(settings: config.Settings, pool: config.Pool) -> Route:
@@ -71,6 +76,97 @@ def _sampling(settings: config.Settings, version: str) -> Sampling:
     if profile is None:
         return Sampling()
     return Sampling(profile.temperature, profile.top_p, profile.top_k, tuple(profile.stop or ()))
+
+
+# Processes and nodes
+
+
+def replica_id_of(pool: config.Pool, index: int) -> str:
+    """The id of the pool's replica at that place of its list, unique in the server."""
+    return f"{pool.id}/{pool.replicas[index].id or index}"
+
+
+def launch_orders(settings: config.Settings) -> list[tuple[str | None, LaunchOrder]]:
+    """How each replica that llorch starts is to be run, with its node; None for this host."""
+    return [
+        (replica.managed.node, _launch_order(pool, replica_id_of(pool, index), replica, replica.managed))
+        for pool in settings.pools
+        for index, replica in enumerate(pool.replicas)
+        if replica.managed is not None
+    ]
+
+
+def _launch_order(pool: config.Pool, replica_id: str, replica: config.Replica, managed: config.Managed) -> LaunchOrder:
+    limit = managed.memory_limit_mib
+    return LaunchOrder(
+        replica_id=replica_id,
+        pool_id=pool.id,
+        engine=pool.engine.value,
+        launcher=managed.launcher.value,
+        model=pool.model,
+        model_path=pool.model_path,
+        model_digest=pool.model_digest,
+        ctx=pool.ctx,
+        slots=replica.slots,
+        allow_cpu=pool.allow_cpu,
+        devices=tuple(replica.devices or ()),
+        tensor_split=tuple(replica.tensor_split or ()),
+        port=managed.port,
+        threads=managed.threads,
+        binary=managed.binary,
+        arguments=tuple(managed.args),
+        command=tuple(managed.command or ()),
+        environment=tuple(sorted(managed.env.items())),
+        health_path=managed.health_path,
+        memory_limit_bytes=None if limit is None else limit * _MIB,
+        headroom=_headroom(pool.headroom),
+        supervision=_supervision(pool.supervision),
+    )
+
+
+def _headroom(headroom: config.Headroom) -> Headroom:
+    return Headroom(
+        vram_bytes=headroom.vram_mib * _MIB,
+        ram_bytes=headroom.ram_mib * _MIB,
+        kv_bytes_per_token=headroom.kv_bytes_per_token,
+    )
+
+
+def _supervision(times: config.Supervision) -> Supervision:
+    return Supervision(
+        start_s=times.start_s,
+        unresponsive_s=times.unresponsive_s,
+        stop_s=times.stop_s,
+        restart=RestartPolicy(
+            first_s=times.backoff_first_s,
+            factor=times.backoff_factor,
+            max_s=times.backoff_max_s,
+            storm_failures=times.storm_failures,
+            cool_down_s=times.cool_down_s,
+            stable_s=times.stable_s,
+        ),
+    )
+
+
+def node_configs(settings: config.Settings) -> list[NodeConfig]:
+    """The hosts whose managers may join. A node that names no pools has those with a replica that names it."""
+    return [
+        NodeConfig(
+            node_id=node.id,
+            sha256=node.sha256,
+            pools=frozenset(node.pools if node.pools is not None else _pools_of(settings, node.id)),
+            networks=tuple(node.networks),
+        )
+        for node in settings.nodes
+    ]
+
+
+def _pools_of(settings: config.Settings, node_id: str) -> list[str]:
+    return [
+        pool.id
+        for pool in settings.pools
+        if any(replica.managed is not None and replica.managed.node == node_id for replica in pool.replicas)
+    ]
 
 
 # Order, shares and quotas

@@ -12,15 +12,17 @@ from typing import Any
 from structlog.typing import FilteringBoundLogger
 
 from llorch.domain import events as ev
-from llorch.domain.faults import PREEMPTED
+from llorch.domain.faults import MOVED, PREEMPTED
 from llorch.domain.pool import Replica, ReplicaState
-from llorch.domain.task import Fault, Priority, Task, TaskKey, TaskState
+from llorch.domain.task import Cohort, Fault, Priority, Task, TaskKey, TaskState
 from llorch.errors import DecodeTimeout, Forbidden
+from llorch.telemetry_engines import EngineMetrics
 from llorch.telemetry_log import writer_of
 from llorch.telemetry_metrics import CONTENT_TYPE, Family, Metrics, Sample, Series
 from llorch.telemetry_shares import Flow, Shares
+from llorch.telemetry_slo import Got, SloWindows, Window
 
-__all__ = ["CONTENT_TYPE", "UNVERIFIED", "Family", "RouteScope", "Sample", "Telemetry"]
+__all__ = ["CONTENT_TYPE", "UNVERIFIED", "Family", "RouteScope", "Sample", "Telemetry", "Window"]
 
 UNVERIFIED = "unverified"
 """Label of an engine version that nobody stated or measured."""
@@ -135,6 +137,7 @@ class Telemetry:
         self._tokens_replayed = instrument("tokens_replayed_total")
         self._dropped = instrument("tasks_dropped_total")
         self._preemptions = instrument("preemptions_total")
+        self._moved = instrument("tasks_moved_total")
         self._resumptions = instrument("resumptions_total")
         self._affinity = instrument("session_affinity_total")
         self._prediction = instrument("predicted_start_error_ms")
@@ -142,6 +145,16 @@ class Telemetry:
         flows = next(family.max_series for family in families if family.name == "admission_share")
         self._shares = Shares(flows, (overflow_label, overflow_label))
         self._deadlines: dict[Priority, list[int]] = {}
+        self._slo = SloWindows()
+        self.engines = EngineMetrics(self._metrics, UNVERIFIED)
+
+    def set_routes(self, routes: Iterable[RouteScope]) -> None:
+        """These are the routes from now on; one that has closed keeps its labels for what is still to come of it."""
+        self._scopes |= {scope.route_id: scope for scope in routes}
+
+    def slo(self, route_id: str, cohort: Cohort, priority: Priority, now: float) -> Window | None:
+        """What the tasks of a replica set got of late; None when none ended."""
+        return self._slo.look((route_id, cohort, priority), now)
 
     def observe(self, route_id: str, event: ev.Event, commands: Sequence[ev.Command], now: float) -> None:
         """Take note of an event and of what the route's scheduler made of it. `now` in the scheduler's seconds."""
@@ -310,12 +323,15 @@ class Telemetry:
     def _requeue(self, scope: RouteScope, command: ev.Requeue) -> None:
         run, fault = self._live.tasks.get(command.task.key), command.fault
         is_preempted = fault.policy_label == PREEMPTED.policy_label
+        is_moved = fault.policy_label == MOVED.policy_label
         if is_preempted:
             self._preemptions.series("hard", scope.engine).inc()
-            if run is not None:
-                run.made_room = True
+        if is_moved:
+            self._moved.series(scope.engine).inc()
+        if run is not None:
+            run.made_room = is_preempted or is_moved
         fields = self._task_fields(scope, command.task, run)
-        write = self._log.info if is_preempted else self._log.warning
+        write = self._log.info if is_preempted or is_moved else self._log.warning
         write("task_requeued", **fields, code=fault.kind.code, policy=fault.policy_label)
 
     def _finish(self, scope: RouteScope, task: Task) -> None:
@@ -327,6 +343,8 @@ class Telemetry:
             self._finished.series(engine, version, task.state.value).inc()
             if task.state is TaskState.SUCCEEDED and task.first_token_at is not None and task.ended_at is not None:
                 run.place.decode.observe((task.ended_at - task.first_token_at) * 1000)
+            if task.state is not TaskState.CANCELED:
+                self._slo.note((scope.route_id, run.place.replica.cohort, task.priority), _got(task))
         if task.state is TaskState.CANCELED:
             policy = fault.policy_label if fault is not None else None
             self._canceled.series(policy or "client").inc()
@@ -390,6 +408,17 @@ class Telemetry:
             fields["replica_id"] = replica.replica_id
             fields["attempt"] = run.attempt_id
         return fields
+
+
+def _got(task: Task) -> Got:
+    assert task.ended_at is not None
+    since = task.accepted_at
+    return Got(
+        ended_at=task.ended_at,
+        first_token_s=None if task.first_token_at is None else task.first_token_at - since,
+        total_s=task.ended_at - since if task.state is TaskState.SUCCEEDED else None,
+        is_failed=task.state is TaskState.FAILED,
+    )
 
 
 def _is_late(task: Task) -> bool:

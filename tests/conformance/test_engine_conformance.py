@@ -134,7 +134,7 @@ class TestLlamaCpp(EngineSuite):
         with pytest.raises(PoolUnready, match="refused llorch's key"):
             await collect(stranger, order())
         with pytest.raises(PoolUnready, match="refused llorch's key"):
-            await stranger.count_busy_slots()
+            await stranger.read_load()
         await stranger.aclose()
 
     async def test_generation_that_is_not_strict_may_reuse_a_prefix(self, target: Target) -> None:

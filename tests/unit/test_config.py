@@ -213,6 +213,31 @@ def test_unknown_name_of_the_environment_is_refused_with_the_nearest(name: str, 
     assert caught.value.message == f"{name}: {message}"
 
 
+def test_environment_reaches_replicas_that_llorch_starts(file: Path) -> None:
+    """ORCH-3241. Variables of the process keep their case, or that of the file."""
+    pool, replica = "LLORCH_POOLS__0__", "LLORCH_POOLS__0__REPLICAS__0__"
+    environ = {
+        "LLORCH_NODE_LEASE_S": "3",
+        pool + "MODEL_PATH": "/m.gguf",
+        pool + "SUPERVISION__STORM_FAILURES": "9",
+        replica + "DEVICES": "[1, 0]",
+        replica + "MANAGED__ENV__OMP_NUM_THREADS": "4",
+        replica + "MANAGED__ENV__HTTP_PROXY": "none",
+    }
+    text = POOL.replace("- url: http://127.0.0.1:8081", "- managed: {env: {http_proxy: there}}")
+    loaded = settings(file, text, **environ)
+    [managed] = [replica.managed for replica in loaded.pools[0].replicas]
+    assert managed is not None
+    assert managed.env == {"OMP_NUM_THREADS": "4", "http_proxy": "none"}
+    assert (loaded.node_lease_s, loaded.pools[0].supervision.storm_failures) == (3, 9)
+    assert (loaded.pools[0].model_path, loaded.pools[0].replicas[0].devices) == ("/m.gguf", [1, 0])
+
+
+def test_environment_of_engine_processes_is_no_setting() -> None:
+    names = ("LLORCH_ENGINE_KEY", "LLORCH_ENGINE_PARENT", "LLORCH_MANAGER")
+    assert config.load(None, dict.fromkeys(names, SECRET)) == config.load(None, {})
+
+
 @pytest.mark.parametrize("value", ["x", "", "1.5", "[1", "1\nserver: 2"])
 def test_wrong_value_of_the_environment_names_the_variable(value: str) -> None:
     with pytest.raises(ConfigError, match=r"^LLORCH_SERVER__PORT: server\.port: "):
@@ -342,11 +367,17 @@ def test_engine_key_is_not_shown_with_the_settings(file: Path) -> None:
 
 def test_example_file_is_valid_and_shows_the_defaults() -> None:
     example, defaults = config.load(EXAMPLE, {}), config.load(None, {})
-    for part in ("server", "tenant_defaults", "sessions", "streams", "log", "compat"):
+    for part in ("server", "tenant_defaults", "sessions", "streams", "node_lease_s", "log", "compat"):
         assert getattr(example, part) == getattr(defaults, part)
     pool = example.pools[0]
     assert (pool.queue, pool.timeouts) == (config.Queue(), config.Timeouts())
     assert (pool.preemption, pool.price) == (config.Preemption(), config.Price())
+    assert (pool.headroom, pool.supervision) == (config.Headroom(), config.Supervision())
+    assert (pool.drain_s, pool.self_test) == (config.Pool.model_fields["drain_s"].default, None)
+    managed, *others = [replica.managed for replica in pool.replicas if replica.managed is not None]
+    assert (managed.model_copy(update={"launcher": config.Managed().launcher}), others) == (config.Managed(), [])
+    [node] = example.nodes
+    assert node.networks == config.Node(id="n", sha256=node.sha256).networks
 
 
 def test_example_file_mentions_every_setting() -> None:

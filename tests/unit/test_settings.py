@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from llorch import config
+from llorch.domain.backoff import RestartPolicy
 from llorch.domain.policy import (
     NO_QUOTA,
     Fairness,
@@ -20,11 +21,16 @@ from llorch.domain.policy import (
     RoutePolicy,
 )
 from llorch.domain.task import Priority
+from llorch.service.launching import Headroom, LaunchOrder, Supervision
+from llorch.service.nodes import NodeConfig
 from llorch.settings import (
     client_limits,
     default_quota,
     key_records,
+    launch_orders,
+    node_configs,
     quotas,
+    replica_id_of,
     route_policy,
     route_scopes,
     service_pool,
@@ -142,6 +148,101 @@ def test_route_can_be_strict_when_some_replica_of_it_has_one_slot(
     pools = [pool(id=f"p{n}", replicas=[{"url": f"http://h:{n}", "slots": n}]) for n in slots]
     settings = load(file, pools=pools)
     assert {service_pool(settings, each).route.can_be_strict for each in settings.pools} == {expected}
+
+
+def test_what_is_not_configured_is_what_a_manager_does_by_itself(file: Path) -> None:
+    """ORCH-3001."""
+    settings = load(file, pools=[pool(model_path="/m.gguf", replicas=[{"managed": {}}])])
+    [(node, order)] = launch_orders(settings)
+    assert node is None
+    assert order == LaunchOrder(
+        replica_id="p/0",
+        pool_id="p",
+        engine="llamacpp",
+        launcher="llamacpp",
+        model="m",
+        model_path="/m.gguf",
+        model_digest=None,
+        ctx=2048,
+        slots=1,
+    )
+
+
+def test_order_of_a_replica_has_everything_that_is_configured_in_its_units(file: Path) -> None:
+    """ORCH-3001, ORCH-3020, ORCH-3038, OC-POOL-3010."""
+    supervision = {
+        "start_s": 1, "self_test_s": 2, "unresponsive_s": 3, "stop_s": 4, "backoff_first_s": 5, "backoff_factor": 6,
+        "backoff_max_s": 7, "storm_failures": 8, "cool_down_s": 9, "stable_s": 10,
+    }  # fmt: skip
+    managed = {
+        "launcher": "command", "node": "far", "port": 9000, "threads": 3, "args": ["-x"], "command": ["my", "{port}"],
+        "env": {"B": "2", "A": "1"}, "health_path": "/ready", "memory_limit_mib": 16,
+    }  # fmt: skip
+    replica = {"id": "pair", "slots": 4, "devices": [3, 1], "tensor_split": [2, 1], "managed": managed}
+    own = pool(
+        ctx=512,
+        allow_cpu=True,
+        model_path="/m.gguf",
+        model_digest="sha256:" + "c" * 64,
+        headroom={"vram_mib": 1, "ram_mib": 2, "kv_bytes_per_token": 3},
+        supervision=supervision,
+        drain_s=7,
+        replicas=[{"url": "http://h:1"}, replica],
+    )
+    settings = load(file, pools=[own], nodes=[{"id": "far", "sha256": "f" * 64}])
+    expected = LaunchOrder(
+        replica_id="p/pair",
+        pool_id="p",
+        engine="llamacpp",
+        launcher="command",
+        model="m",
+        model_path="/m.gguf",
+        model_digest="sha256:" + "c" * 64,
+        ctx=512,
+        slots=4,
+        allow_cpu=True,
+        devices=(3, 1),
+        tensor_split=(2.0, 1.0),
+        port=9000,
+        threads=3,
+        arguments=("-x",),
+        command=("my", "{port}"),
+        environment=(("A", "1"), ("B", "2")),
+        health_path="/ready",
+        memory_limit_bytes=16 * 1024**2,
+        headroom=Headroom(vram_bytes=1024**2, ram_bytes=2 * 1024**2, kv_bytes_per_token=3),
+        supervision=Supervision(
+            start_s=1.0, unresponsive_s=3.0, stop_s=4.0, restart=RestartPolicy(5.0, 6.0, 7.0, 8, 9.0, 10.0)
+        ),
+    )
+    assert launch_orders(settings) == [("far", expected)]
+    assert service_pool(settings, settings.pools[0]).drain_s == 7
+
+
+def test_replicas_of_a_pool_have_ids_of_their_own_however_alike_they_are(file: Path) -> None:
+    alike = {"managed": {}, "slots": 2}
+    own = pool(allow_cpu=True, model_path="/m", replicas=[alike, alike | {"id": "named"}, alike])
+    settings = load(file, pools=[own])
+    ids = [order.replica_id for _, order in launch_orders(settings)]
+    assert ids == ["p/0", "p/named", "p/2"] == [replica_id_of(settings.pools[0], index) for index in range(3)]
+
+
+def test_node_that_names_no_pools_has_those_that_name_it(file: Path) -> None:
+    """ORCH-3304."""
+    here, there = {"managed": {}, "devices": [0]}, {"managed": {"node": "one"}, "devices": [0]}
+    replicas = [[here], [here | {"devices": [1]}, there], [there | {"devices": [1]}]]
+    pools = [pool(id=n, model=n, model_path="/m", replicas=some) for n, some in zip("abc", replicas, strict=True)]
+    nodes = [
+        {"id": "one", "sha256": "a" * 64},
+        {"id": "two", "sha256": "b" * 64, "pools": ["a"], "networks": ["10.0.0.0/8"]},
+        {"id": "idle", "sha256": "c" * 64},
+    ]
+    loopback = ("127.0.0.0/8", "::1/128")
+    assert node_configs(load(file, pools=pools, nodes=nodes)) == [
+        NodeConfig("one", "a" * 64, frozenset({"b", "c"}), loopback),
+        NodeConfig("two", "b" * 64, frozenset({"a"}), ("10.0.0.0/8",)),
+        NodeConfig("idle", "c" * 64, frozenset(), loopback),
+    ]
 
 
 def test_metrics_weigh_the_tokens_of_a_route_as_its_queue_does(file: Path) -> None:

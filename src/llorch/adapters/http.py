@@ -133,6 +133,8 @@ class HttpClient:
         """
         request = self._encode(method, path, body)
         with typed_errors(self.authority, engine=self.engine):
+            if self._is_closed:
+                raise WorkerReset("The connection to the engine was closed by llorch.")
             connection = self._take_idle()
             if connection is not None:
                 response = connection.send(request, first_byte_s=first_byte_s, idle_s=idle_s)

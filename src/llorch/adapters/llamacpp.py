@@ -16,7 +16,7 @@ from llorch.adapters.connections import Response
 from llorch.adapters.http import Answer, HttpClient, Timeouts, typed_errors
 from llorch.adapters.sse import EventSplitter
 from llorch.errors import InvalidParams, LlorchError, PoolUnready, WorkerReset
-from llorch.service.ports import Completed, EngineFacts, Generation, Message, OnTokens, Usage
+from llorch.service.ports import Completed, EngineFacts, Generation, Message, OnTokens, SlotLoad, Usage
 
 T = TypeVar("T")
 
@@ -85,10 +85,21 @@ class _Models(msgspec.Struct):
     data: list[_Model]
 
 
+class _Next(msgspec.Struct):
+    n_decoded: int = 0
+
+
 class _Slot(msgspec.Struct):
     id: int = 0
     is_processing: bool = False
     n_ctx: int | None = None
+    n_prompt_tokens: int = 0
+    next_token: list[_Next] = msgspec.field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """Of context that its task fills now."""
+        return self.n_prompt_tokens + sum(each.n_decoded for each in self.next_token)
 
 
 class _Tokens(msgspec.Struct):
@@ -196,10 +207,14 @@ class LlamaCppEngine:
             features=frozenset(features),
         )
 
-    async def count_busy_slots(self) -> int | None:
-        """See Engine.count_busy_slots; None when the server was started without its slots endpoint."""
+    async def read_load(self) -> SlotLoad | None:
+        """See Engine.read_load; None when the server was started without its slots endpoint."""
         slots = await self._read_optional("/slots", list[_Slot])
-        return None if slots is None else sum(slot.is_processing for slot in slots)
+        if slots is None:
+            return None
+        room = sum(slot.n_ctx or 0 for slot in slots)
+        used = sum(slot.tokens for slot in slots if slot.is_processing)
+        return SlotLoad(sum(slot.is_processing for slot in slots), min(1.0, used / room) if room else None)
 
     async def count_tokens(self, text: str) -> int:
         """See Engine.count_tokens. The engine tokenizes, so that a long text does not hold up this process."""

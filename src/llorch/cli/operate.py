@@ -38,8 +38,9 @@ def check_config(file: Path) -> None:
     Prints a line for each problem: file and line, setting, what was expected.
     """
     from llorch import config
+    from llorch.launch.gguf import trained_context
 
-    config.load(file, os.environ, warn=lambda warning: click.echo(warning, err=True))
+    config.load(file, os.environ, warn=lambda warning: click.echo(warning, err=True), inspect_model=trained_context)
     click.echo(f"{file}: ok")
 
 

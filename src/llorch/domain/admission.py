@@ -39,6 +39,10 @@ class Admission:
         self._ledger = ledger
         self._forecast = forecast
 
+    def reconfigure(self, policy: RoutePolicy) -> None:
+        """Another policy holds for what is submitted from now on."""
+        self._policy = policy
+
     def admit(self, spec: TaskSpec, order: int, now: float) -> Fault | tuple[Task, Victim | None]:
         """Let the task wait and take its reservations, or say why not.
 

@@ -21,6 +21,12 @@ class Bindings:
         self._bound: OrderedDict[SessionKey, tuple[str, int, float]] = OrderedDict()
         self._owners: dict[str, dict[int, SessionKey]] = {}
 
+    def resize(self, limit: int) -> None:
+        """Remember at most so many from now on."""
+        self._limit = limit
+        while len(self._bound) > limit:
+            self.forget(next(iter(self._bound)))
+
     def __len__(self) -> int:
         return len(self._bound)
 

@@ -6,7 +6,8 @@ changes nothing.
 
 from dataclasses import dataclass
 
-from llorch.domain.pool import Replica
+from llorch.domain.policy import RoutePolicy
+from llorch.domain.replica import Replica
 from llorch.domain.task import Attempt, Fault, SessionKey, Task, TaskKey, TaskSpec
 
 
@@ -85,6 +86,27 @@ class ReplicaChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplicaVacated:
+    """Whatever still runs on the replica must leave it now: it goes on elsewhere, or ends."""
+
+    replica_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaRemoved:
+    """The replica belongs to the route no more."""
+
+    replica_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigChanged:
+    """The route is governed by this policy from now on."""
+
+    policy: RoutePolicy
+
+
+@dataclass(frozen=True, slots=True)
 class EngineLoad:
     """The engine itself says that `foreign_slots` of its slots work for somebody else than this service."""
 
@@ -124,6 +146,9 @@ Deciding = (
     | AttemptStalled
     | AttemptEnded
     | ReplicaChanged
+    | ReplicaVacated
+    | ReplicaRemoved
+    | ConfigChanged
     | EngineLoad
     | LimitLifted
     | SessionDeleted
@@ -175,7 +200,7 @@ class Abort:
 
 @dataclass(frozen=True, slots=True)
 class Requeue:
-    """The attempt failed before its first token, or made room; the task waits at its old place again."""
+    """The attempt failed before its first token, or was broken off; the task waits at its old place again."""
 
     task: Task
     fault: Fault

@@ -57,16 +57,36 @@ class FairQueue:
     """
 
     def __init__(self, policy: QueuePolicy) -> None:
+        self._running: set[int] = set()
+        self._begin(policy)
+
+    def _begin(self, policy: QueuePolicy) -> None:
         self.policy = policy
         self._levels = {priority: Level(priority, policy.level_weights[priority]) for priority in Priority}
         self._ranks = list(self._levels.values())
         self._length = 0
         self._virtual_time = 0.0
-        self._running: set[int] = set()
         self._bound = sum(policy.capacity.values())
         self._is_strict = policy.fairness is Fairness.STRICT
         self._by_deadline = policy.order is Order.EDF
         self._sheds = policy.full_policy[Priority.INTERACTIVE] is FullPolicy.SHED_LOW_PRIORITY
+
+    def reconfigure(self, policy: QueuePolicy) -> None:
+        """Hold by another policy from now on. Costs O(n log n) in the number that waits.
+
+        Everything that waits goes on waiting, in order and beyond a smaller capacity, too. All counters begin anew:
+        what was charged by other weights and costs cannot be compared with what will be. Corrections of runs that
+        started before are made at the new costs.
+        """
+        waiting = list(self)
+        running = [(level.priority, f.tenant, f.running) for level in self._ranks for f in level.flows.values()]
+        self._begin(policy)
+        for priority, tenant, count in running:
+            if count:
+                level = self._levels[priority]
+                level.add_flow(tenant, self._weight(tenant), keep_arrivals=self._by_deadline).running = count
+        for task in waiting:
+            self.push(task)
 
     def __len__(self) -> int:
         return self._length

@@ -27,6 +27,10 @@ HOPELESS = Fault(
 )
 TIME_SPENT = Fault(BudgetExhausted, "the running time of its session is used up", policy_label="session-time")
 PREEMPTED = Fault(Canceled, "made room for more urgent work; it goes on later", policy_label="preempted")
+MOVED = Fault(Canceled, "its replica must be empty; it goes on elsewhere", policy_label="moved")
+DRAINED = Fault(
+    PoolUnavailable, "its replica is drained, and no other one can go on with it; try again", policy_label="drain"
+)
 SHUTDOWN = Fault(
     PoolUnavailable, "the service is shutting down; try another or try again later", policy_label="shutdown"
 )

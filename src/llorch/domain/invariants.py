@@ -62,7 +62,7 @@ def _broken_leases(parts: Parts) -> Iterator[str]:
         task = parts.tasks.get(attempt.task)
         if lease is None or (lease.replica_id, lease.slot) != (attempt.replica_id, attempt.slot):
             yield f"attempt {attempt_id} has the lease {lease}"
-        elif lease.releasing != (attempt.is_preempted or task is None or task.attempt is not attempt):
+        elif lease.releasing != (attempt.broken_off is not None or task is None or task.attempt is not attempt):
             yield f"attempt {attempt_id} of {attempt.task} releasing: {lease.releasing}"
     for replica in parts.fleet:
         slots = [a.slot for a in attempts.values() if a.replica_id == replica.replica_id]

@@ -94,6 +94,35 @@ class Ledger:
         self._slots: dict[str, _Slots] = {}
         self._last_attempt = 0
 
+    def reconfigure(self, quotas: Mapping[str, Quota], default: Quota, session_limits: SessionLimits) -> None:
+        """Have these quotas and limits from now on.
+
+        What is reserved stays reserved with the accounts that it was taken from, and is settled there; a tenant whose
+        quota did not change keeps its accounts. Whose tasks were kept from starting is told by take_lifted().
+        """
+        before = self._quotas, self._default
+        self._quotas, self._default = dict(quotas), default
+        self._idle = {tenant: _limited(quota) for tenant, quota in self._quotas.items()}
+        self._default_idle = _limited(default)
+        self.sessions.limits = session_limits
+        for tenant, accounts in list(self._tenants.items()):
+            old, new = before[0].get(tenant, before[1]), self._quotas.get(tenant, default)
+            if old != new:
+                self._replace(tenant, accounts, new)
+
+    def _replace(self, tenant: str, accounts: TenantAccounts, quota: Quota) -> None:
+        if accounts.is_wanted:
+            accounts.is_wanted = False
+            self._lifted[tenant] = None
+        del self._tenants[tenant]
+        fresh = TenantAccounts(quota)
+        if fresh.is_limited:
+            self._tenants[tenant] = fresh
+            fresh.is_resting = accounts.is_resting
+            if not fresh.is_resting:
+                self._rest(tenant, fresh, -inf)
+        accounts.is_resting = True  # for good: it is looked for no more
+
     # Admission
 
     def refusal(self, spec: TaskSpec, claim: Claim, now: float) -> Fault | None:
@@ -239,7 +268,9 @@ class Ledger:
     def _forget_idle(self, now: float) -> None:
         while self._resting and self._resting[0][0] <= now:
             _, tenant = heappop(self._resting)
-            accounts = self._tenants[tenant]
+            accounts = self._tenants.get(tenant)
+            if accounts is None:
+                continue  # it has no limits any more
             accounts.is_resting = False
             if accounts.leases:
                 continue

@@ -5,50 +5,17 @@ How a replica's state is found out is not known here; it comes in as ReplicaChan
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from enum import Enum
+from dataclasses import replace
 
 from llorch.domain.ledger import Ledger
 from llorch.domain.placement import Entry, Place, ReplicaSet
+from llorch.domain.replica import Replica, ReplicaState
 from llorch.domain.task import Cohort, Need
+
+__all__ = ["FRESH_S", "Fleet", "Replica", "ReplicaState"]
 
 FRESH_S = 6.0
 """How long what an engine told of its load is believed, in seconds; after it own leases alone count."""
-
-
-class ReplicaState(Enum):
-    """Life of a replica. Only READY takes tasks; STOPPED and FAILED do not come back by themselves."""
-
-    STARTING = "starting"
-    LOADING = "loading"
-    READY = "ready"
-    UNREADY = "unready"
-    DRAINING = "draining"
-    STOPPED = "stopped"
-    FAILED = "failed"
-
-    @property
-    def is_gone(self) -> bool:
-        """It will not become Ready without somebody's doing."""
-        return self in (ReplicaState.STOPPED, ReplicaState.FAILED)
-
-
-@dataclass(frozen=True, slots=True)
-class Replica:
-    """One engine process as last told. `can_interrupt`: it stops decoding at once when it is told to."""
-
-    replica_id: str
-    pool_id: str
-    slots: int
-    cohort: Cohort
-    state: ReplicaState = ReplicaState.STARTING
-    can_interrupt: bool = False
-
-    def meets(self, need: Need) -> bool:
-        """A task with this need may run here."""
-        if need.cohort is not None:
-            return self.cohort == need.cohort
-        return self.cohort.exact or not need.exact
 
 
 class Fleet:
@@ -67,6 +34,7 @@ class Fleet:
         self._fresh_until: OrderedDict[str, float] = OrderedDict()
         self._ready_count = 0
         self._ready_slots = 0
+        self._last_rank = 0
 
     def __iter__(self) -> Iterator[Replica]:
         return iter(self._replicas.values())
@@ -86,10 +54,18 @@ class Fleet:
         if replica_set is None:
             replica_set = self._sets[replica.cohort] = ReplicaSet(replica.cohort)
         if place is None:
-            place = self._places[replica.replica_id] = Place(replica.replica_id, len(self._places), replica_set)
+            self._last_rank += 1
+            place = self._places[replica.replica_id] = Place(replica.replica_id, self._last_rank, replica_set)
         self._replicas[replica.replica_id] = replica
         self._count(place, replica, replica_set)
         replica_set.update(place, self._busy(replica.replica_id))
+
+    def remove(self, replica_id: str) -> None:
+        """The replica is no more; leases that are still held there are settled as ever. Idempotent."""
+        replica = self._replicas.pop(replica_id, None)
+        if replica is not None:
+            self._discount(self._places.pop(replica_id), replica)
+            self._fresh_until.pop(replica_id, None)
 
     def suspect(self, replica_id: str) -> None:
         """Take a Ready replica that just failed a task out of service until it is told Ready again.
@@ -210,7 +186,9 @@ class Fleet:
 
     def give_back(self, replica_id: str, work_s: float) -> None:
         """The lease was settled; `work_s` as it was taken. After settle_slot, once for every take."""
-        place = self._places[replica_id]
+        place = self._places.get(replica_id)
+        if place is None:
+            return  # it was removed meanwhile
         busy = self._busy(replica_id)
         left = place.work_s - work_s
         place.work_s = left if busy and left > 0.0 else 0.0  # to zero when idle: rounding leaves nothing behind
@@ -233,7 +211,7 @@ class Fleet:
         place.replica_set = replica_set
         place.slots = replica.slots if is_ready else 0
         replica_set.members += 1
-        replica_set.alive += not replica.state.is_gone
+        replica_set.alive += replica.may_serve
         replica_set.ready += is_ready
         self._ready_count += is_ready
         self._ready_slots += place.slots
@@ -244,7 +222,7 @@ class Fleet:
         replica_set = place.replica_set
         replica_set.withdraw(place)
         replica_set.members -= 1
-        replica_set.alive -= not replica.state.is_gone
+        replica_set.alive -= replica.may_serve
         replica_set.ready -= is_ready
         self._ready_count -= is_ready
         self._ready_slots -= place.slots

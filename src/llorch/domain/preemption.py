@@ -6,6 +6,7 @@ Decides and remembers; breaking the attempt off is the scheduler's.
 from collections import deque
 from itertools import islice
 
+from llorch.domain.faults import PREEMPTED
 from llorch.domain.policy import PreemptionPolicy
 from llorch.domain.pool import Fleet
 from llorch.domain.task import Attempt, Priority, Task
@@ -41,8 +42,16 @@ class Preemption:
     def note_end(self, attempt: Attempt) -> None:
         """The attempt is over."""
         self._candidates.pop(attempt.attempt_id, None)
-        if attempt.is_preempted:
+        if attempt.broken_off is PREEMPTED:
             self.pending -= 1
+
+    def withdraw(self, attempt: Attempt) -> None:
+        """The attempt is broken off for another reason: it makes room for nobody. Idempotent."""
+        self._candidates.pop(attempt.attempt_id, None)
+
+    def reconfigure(self, policy: PreemptionPolicy) -> None:
+        """Other rules hold from now on; what runs stays as much a candidate as it was when it started."""
+        self._policy = policy
 
     def is_allowed(self, now: float) -> bool:
         """The minute up to now has room for one more."""
@@ -71,7 +80,7 @@ class Preemption:
 
     def preempt(self, attempt: Attempt, now: float) -> None:
         """The attempt makes room: it counts against the allowance, and is no candidate any more."""
-        attempt.is_preempted = True
+        attempt.broken_off = PREEMPTED
         del self._candidates[attempt.attempt_id]
         self._times.append(now)
         self.pending += 1

@@ -31,6 +31,12 @@ class Runs:
         self.bindings = Bindings(policy.bindings)
         self.preemption = Preemption(policy.preemption)
 
+    def reconfigure(self, policy: RoutePolicy) -> None:
+        """Another policy holds for what starts from now on."""
+        self._policy = policy
+        self.bindings.resize(policy.bindings)
+        self.preemption.reconfigure(policy.preemption)
+
     def may_start(self, task: Task) -> bool:
         """The tenant's quotas of what runs have room for it."""
         return self._ledger.can_start(task.key[0], task.kv_tokens)

@@ -10,8 +10,10 @@ from llorch.domain.admission import Admission
 from llorch.domain.fair_queue import FairQueue
 from llorch.domain.faults import (
     CANCELED,
+    DRAINED,
     HOPELESS,
     LATE,
+    MOVED,
     PREEMPTED,
     RETRIED_FAULTS,
     SESSION_DELETED,
@@ -83,7 +85,7 @@ class Scheduler:
             self._evict_idle(commands)
         return commands
 
-    def _decide(self, event: ev.Deciding, now: float) -> list[ev.Command]:  # noqa: C901 (one case for each event)
+    def _decide(self, event: ev.Deciding, now: float) -> list[ev.Command]:  # noqa: C901, PLR0912 (one case for each event)
         match event:
             case ev.TaskSubmitted():
                 return self._submit(event.spec, now)
@@ -95,6 +97,12 @@ class Scheduler:
                 return self._finish(event.task, TaskState.CANCELED, CANCELED, now)
             case ev.ReplicaChanged():
                 return self._change_replica(event.replica, now)
+            case ev.ReplicaVacated():
+                return self._vacate(event.replica_id, now)
+            case ev.ReplicaRemoved():
+                return self._remove_replica(event.replica_id, now)
+            case ev.ConfigChanged():
+                self._reconfigure(event.policy)
             case ev.EngineLoad():
                 self.fleet.note_foreign(event.replica_id, event.foreign_slots, now)
             case ev.LimitLifted():
@@ -203,10 +211,41 @@ class Scheduler:
         self.fleet.put(replica)
         if replica.state is not ReplicaState.READY:
             self.runs.bindings.lose(replica.replica_id)
-        if before is None or not (replica.state.is_gone or before.cohort != replica.cohort):
+        if before is None or (before.may_serve <= replica.may_serve and before.cohort == replica.cohort):
             return []
+        return self._end_stranded(now)
+
+    def _remove_replica(self, replica_id: str, now: float) -> list[ev.Command]:
+        self.fleet.remove(replica_id)
+        self.runs.bindings.lose(replica_id)
+        return self._end_stranded(now)
+
+    def _end_stranded(self, now: float) -> list[ev.Command]:
         stranded = [task.key for task in self.queue if not self.fleet.can_serve(task.need)]
         return self._finish_each(stranded, TaskState.FAILED, STRANDED, now)
+
+    def _vacate(self, replica_id: str, now: float) -> list[ev.Command]:
+        """Break off what runs there: tasks that another replica can go on with wait again, the others end."""
+        commands: list[ev.Command] = []
+        for attempt in [a for a in self.attempts.values() if a.replica_id == replica_id and a.broken_off is None]:
+            task = self.running(attempt.task, attempt.attempt_id)
+            if task is None:
+                continue  # it has ended; the engine was told to let go
+            if task.can_move and self.fleet.can_serve(task.need):
+                attempt.broken_off = MOVED
+                self.runs.preemption.withdraw(attempt)
+                self.ledger.release_slot(attempt.attempt_id)
+                commands.append(ev.Abort(attempt))
+            else:
+                commands += self._finish(task.key, TaskState.FAILED, DRAINED, now)
+        return commands
+
+    def _reconfigure(self, policy: RoutePolicy) -> None:
+        """Another policy holds for what comes; what waits and what runs stay as they are."""
+        self.policy = policy
+        self.queue.reconfigure(policy.queue)
+        self.runs.reconfigure(policy)
+        self._admission.reconfigure(policy)
 
     # What runs report
 
@@ -235,23 +274,26 @@ class Scheduler:
 
     def _retry_or_fail(self, task: Task, attempt: Attempt, fault: Fault, now: float) -> list[ev.Command]:
         """1. Not to be retried: the end. 2. Going away. 3. Late. 4. Tried enough. 5. Nowhere to go. 6. Try again."""
-        if attempt.is_preempted:
-            fault = PREEMPTED
+        if attempt.broken_off is not None:
+            fault = attempt.broken_off
         elif attempt.has_token or not issubclass(fault.kind, RETRIED_FAULTS):
             return self._finish(task.key, TaskState.FAILED, fault, now)
         if self._closing is not None:
             return self._finish(task.key, TaskState.FAILED, self._closing, now)
         if task.is_late:
             return self._finish(task.key, TaskState.FAILED, LATE, now)
-        if fault is not PREEMPTED and task.attempts - task.preemptions >= self.policy.attempts:
+        tries = task.attempts - task.preemptions - task.moves
+        if attempt.broken_off is None and tries >= self.policy.attempts:
             exhausted = Fault(ReplicaExhausted, f"{task.attempts} attempts failed, the last one: {fault.message}")
             return self._finish(task.key, TaskState.FAILED, exhausted, now)
         if not self.fleet.can_serve(task.need):
-            return self._finish(task.key, TaskState.FAILED, STRANDED, now)
+            stranded = DRAINED if fault is MOVED else STRANDED
+            return self._finish(task.key, TaskState.FAILED, stranded, now)
         return [self._requeue(task, fault)]
 
     def _requeue(self, task: Task, fault: Fault) -> ev.Requeue:
         task.preemptions += fault is PREEMPTED
+        task.moves += fault is MOVED
         task.move(TaskState.QUEUED)
         self._timers.clear(task.key, Timer.WALL)
         self.queue.settle(task, refund_prompt=task.first_token_at is None)
@@ -292,7 +334,7 @@ class Scheduler:
         if attempt is None:
             self._let_go(task, now)
             return [ev.Finish(task)]
-        if attempt.is_preempted:
+        if attempt.broken_off is not None:
             return [ev.Finish(task)]  # the engine was told already
         self.ledger.release_slot(attempt.attempt_id)
         return [ev.Finish(task), ev.Abort(attempt)]

@@ -165,8 +165,8 @@ class Attempt:
     """One run of a task on a replica. It outlives its task while the engine is still letting go.
 
     `work_s` is how long it was predicted to run, `cost` what it was expected to do in weighted tokens,
-    `tokens_before` what earlier attempts had produced. One that `is_preempted` was told to make room; its task waits
-    again when the engine let go.
+    `tokens_before` what earlier attempts had produced. One that is `broken_off`, for this reason, was told to stop; its
+    task waits again when the engine let go.
     """
 
     attempt_id: int
@@ -179,7 +179,7 @@ class Attempt:
     work_s: float = 0.0
     tokens_before: int = 0
     cost: float = 0.0
-    is_preempted: bool = False
+    broken_off: Fault | None = None
     affinity: Affinity | None = None
     kv_warmth: bool | None = None
 
@@ -219,6 +219,7 @@ class Task:
     predicted_wait: Estimate | None = None
     on_time_probability: float | None = None
     preemptions: int = 0
+    moves: int = 0
     run_s: float = 0.0
     readers: int = 0
     is_late: bool = False
@@ -239,6 +240,11 @@ class Task:
     def kv_tokens(self) -> int:
         """The context that a run of it may fill."""
         return self.prompt_tokens + self.spec.max_tokens
+
+    @property
+    def can_move(self) -> bool:
+        """Another replica can go on with it: nothing came of it yet, or what came can be replayed or continued."""
+        return self.first_token_at is None or self.spec.strict or self.spec.can_continue
 
     def move(self, state: TaskState) -> None:
         """Take the step to `state`; raises InvalidTransition when the table has no such step."""

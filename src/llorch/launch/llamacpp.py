@@ -208,7 +208,7 @@ class EngineProcess:
         Raises LaunchError, with the engine's last words, when it ends before that or takes longer than
         `start_timeout_s`; no process is left then.
         """
-        self.engine_version = _installed_version()
+        self.engine_version = installed_version()
         self.model_digest = await read_digest(self._model)
         try:
             async with asyncio.timeout(self._start_timeout_s):
@@ -303,7 +303,8 @@ class EngineProcess:
                 os.killpg(self._process.pid, number)
 
 
-def _installed_version() -> str:
+def installed_version() -> str:
+    """The version of the local engine, as `xllamacpp-…`. Raises LaunchError when it is not installed."""
     try:
         return f"xllamacpp-{metadata.version('xllamacpp')}"
     except metadata.PackageNotFoundError as exc:

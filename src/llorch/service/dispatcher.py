@@ -7,14 +7,14 @@ process goes to the journal first; terminal frames follow its commit.
 import asyncio
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from llorch.domain import events as ev
-from llorch.domain.faults import PREEMPTED, REPLICA_FAULTS, SHUTDOWN
+from llorch.domain.faults import MOVED, PREEMPTED, REPLICA_FAULTS, SHUTDOWN
 from llorch.domain.ledger import Ledger
 from llorch.domain.scheduler import Scheduler
 from llorch.domain.task import Attempt, Budgets, Fault, SessionKey, Task, TaskKey
-from llorch.errors import Internal
+from llorch.errors import Internal, NotFound
 from llorch.service import frames
 from llorch.service.advice import Advice
 from llorch.service.patience import spread, told
@@ -26,12 +26,16 @@ from llorch.telemetry import Telemetry
 
 
 class Dispatcher:
-    """Use inside `async with`: it owns the attempts that run, and the loops for time, journal and expiry."""
+    """Owns the attempts that run, and the timers for time, journal and expiry.
+
+    It tells, by replica id, `on_suspect` of a fault that speaks against the replica, `on_end` of every attempt that is
+    over, and `on_move` of a task that leaves a replica for another one.
+    """
 
     def __init__(
         self,
         *,
-        schedulers: Mapping[str, Scheduler],
+        schedulers: dict[str, Scheduler],
         ledger: Ledger,
         records: Records,
         journal: Journal,
@@ -39,6 +43,8 @@ class Dispatcher:
         telemetry: Telemetry,
         clock: Clock,
         on_suspect: Callable[[str], None],
+        on_end: Callable[[str], None] = lambda _replica_id: None,
+        on_move: Callable[[str], None] = lambda _replica_id: None,
     ) -> None:
         self.schedulers = schedulers
         self.ledger = ledger
@@ -49,6 +55,8 @@ class Dispatcher:
         self._telemetry = telemetry
         self._clock = clock
         self._on_suspect = on_suspect
+        self._on_end = on_end
+        self._on_move = on_move
         self._mailbox: deque[tuple[str, ev.Event]] = deque()
         self._is_handling = False
         self._running: dict[int, asyncio.Task[Fault | None]] = {}
@@ -85,11 +93,25 @@ class Dispatcher:
         for route_id in self.schedulers:
             self.post(route_id, event)
 
+    def open_route(self, route_id: str, scheduler: Scheduler) -> None:
+        """There is one route more."""
+        self.schedulers[route_id] = scheduler
+
+    def close_route(self, route_id: str) -> bool:
+        """Forget a route that nothing serves any more; False while tasks of it live, and then nothing changes."""
+        scheduler = self.schedulers[route_id]
+        if scheduler.tasks or scheduler.attempts:
+            return False
+        del self.schedulers[route_id]
+        return True
+
     async def submit(self, record: Record, event: ev.TaskSubmitted) -> Acceptance:
         """Let the scheduler decide on a new task; raises what it refuses with.
 
         The caller has seen, without an await since, that the task is new.
         """
+        if record.route.route_id not in self.schedulers:
+            raise NotFound("nothing here serves this model any more", engine=record.route.engine)
         self._submitted[record.key] = record
         try:
             self.post(record.route.route_id, event)
@@ -146,7 +168,9 @@ class Dispatcher:
     # Events in, commands out
 
     def _handle(self, route_id: str, event: ev.Event) -> None:
-        scheduler = self.schedulers[route_id]
+        scheduler = self.schedulers.get(route_id)
+        if scheduler is None:
+            return  # the route was closed, and with it ended whatever this is about
         now = self._clock.monotonic()
         commands = scheduler.handle(event, now)
         for command in commands:
@@ -224,8 +248,12 @@ class Dispatcher:
 
     def _requeue(self, command: ev.Requeue) -> None:
         """The scheduler has put it back, its Start follows in time; a reader hears of what had begun to come."""
-        if command.fault.policy_label == PREEMPTED.policy_label:
-            self.advice.tell_broken_off(self._record(command.task))
+        label = command.fault.policy_label
+        if label in (PREEMPTED.policy_label, MOVED.policy_label):
+            record = self._record(command.task)
+            self.advice.tell_broken_off(record)
+            if label == MOVED.policy_label:
+                self._on_move(record.placed.replica_id)
 
     def _evict(self, command: ev.Evict) -> None:
         """Nobody waits for the outcome: a cache that stays is overwritten by the next task in its slot."""
@@ -259,6 +287,7 @@ class Dispatcher:
         self.post(record.route.route_id, event)
         if fault is not None and issubclass(fault.kind, REPLICA_FAULTS):
             self._on_suspect(attempt.replica_id)
+        self._on_end(attempt.replica_id)
 
     def _finish(self, task: Task, now: float) -> None:
         record = self._record(task)

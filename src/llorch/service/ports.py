@@ -84,6 +84,14 @@ class EngineFacts:
     features: frozenset[str] = frozenset()
 
 
+@dataclass(frozen=True, slots=True)
+class SlotLoad:
+    """What the slots of an engine do now. `kv_usage`: part of its KV cache that they fill, 0 to 1, None: not told."""
+
+    busy_slots: int
+    kv_usage: float | None = None
+
+
 class Message(msgspec.Struct, frozen=True):
     """One chat message."""
 
@@ -127,8 +135,8 @@ class Engine(Protocol):
         """
         ...
 
-    async def count_busy_slots(self) -> int | None:
-        """How many slots the engine itself says are working; None where it cannot tell."""
+    async def read_load(self) -> SlotLoad | None:
+        """What the engine itself says its slots do; None where it cannot tell."""
         ...
 
     async def erase(self, slot: int) -> bool:

@@ -5,7 +5,7 @@ arrived together cost one call here, and no task is woken.
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
@@ -23,14 +23,17 @@ REPORT_S = 0.5
 
 
 class Runner:
-    """Performs attempts on the engines, by replica id."""
+    """Performs attempts on the engines. `engine_of` gives that of a replica, or raises WorkerReset."""
 
-    def __init__(self, engines: Mapping[str, Engine]) -> None:
-        self._engines = engines
+    def __init__(self, engine_of: Callable[[str], Engine]) -> None:
+        self._engine_of = engine_of
 
     async def run(self, record: Record, attempt: Attempt, post: Post) -> Fault | None:
         """Run the attempt to its end, or until cancelled: then return when the engine has let go of the slot."""
-        engine = self._engines[attempt.replica_id]
+        try:
+            engine = self._engine_of(attempt.replica_id)
+        except LlorchError as error:
+            return fault_of(error)
         try:
             order = await self._order(record, attempt, engine)
             progress = _Progress(record, attempt, post)
@@ -55,7 +58,10 @@ class Runner:
 
     async def erase(self, replica_id: str, slot: int) -> bool:
         """Make a replica forget the KV cache of an idle slot, where it can."""
-        return await self._engines[replica_id].erase(slot)
+        try:
+            return await self._engine_of(replica_id).erase(slot)
+        except LlorchError:
+            return False
 
     async def _order(self, record: Record, attempt: Attempt, engine: Engine) -> Generation:
         """What to ask of the engine; a prompt that could not be checked at admission is checked now."""

@@ -6,7 +6,7 @@ import hashlib
 
 from llorch.domain import events as ev
 from llorch.domain.task import Priority, TaskSpec, TaskState
-from llorch.errors import Conflict, InvalidParams, LlorchError, PayloadTooLarge, QuotaExceeded
+from llorch.errors import Conflict, InvalidParams, LlorchError, PayloadTooLarge, PoolUnready, QuotaExceeded
 from llorch.service.dispatcher import Dispatcher
 from llorch.service.frames import predicted_ms
 from llorch.service.limits import Limits
@@ -74,7 +74,10 @@ class Tasks:
         if isinstance(found, Acceptance):
             await self._dispatcher.commit()
             return found
-        return await self._dispatcher.submit(found, ev.TaskSubmitted(_spec_of(found)))
+        try:
+            return await self._dispatcher.submit(found, ev.TaskSubmitted(_spec_of(found)))
+        except PoolUnready as error:
+            raise self._pools.explain(found.route.route_id, error) from error
 
     async def _prepare(self, submission: Submission, correlation_id: str) -> Record:
         route = self._pools.routes.resolve(submission.model_ref, submission.engine, submission.workload)

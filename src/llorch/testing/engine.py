@@ -6,7 +6,8 @@ It speaks no protocol; the FakeEngine of `llorch.testing.fake_engine` is the one
 import asyncio
 from collections.abc import Callable, Sequence
 
-from llorch.service.ports import Completed, EngineFacts, Generation, Message, OnTokens, Usage
+from llorch.errors import WorkerReset
+from llorch.service.ports import Completed, EngineFacts, Generation, Message, OnTokens, SlotLoad, Usage
 
 
 class Gate:
@@ -131,11 +132,11 @@ class FakeEnginePort:
         await self.releasing.passage()
         self.released.append(slot)
 
-    async def count_busy_slots(self) -> int | None:
+    async def read_load(self) -> SlotLoad | None:
         """Generations that are not closed, and foreign ones."""
         if self.foreign is None:
             return None
-        return self.foreign + sum(not generation.is_closed for generation in self.generations)
+        return SlotLoad(self.foreign + sum(not generation.is_closed for generation in self.generations))
 
     async def erase(self, slot: int) -> bool:
         """Note the slot, if it can."""
@@ -160,3 +161,56 @@ class FakeEnginePort:
     async def aclose(self) -> None:
         """Remember it."""
         self.is_closed = True
+
+
+class PacedEnginePort(FakeEnginePort):
+    """One replica that gives a token each `token_s` seconds until it has given all; `mute`: none, and it never ends.
+
+    The n-th token of a prompt is always the same. `orders` are what was asked for, `sent` how many tokens of each came.
+    """
+
+    def __init__(
+        self, *, slots: int | None = 1, ctx: int | None = 4096, token_s: float = 0.01, mute: bool = False
+    ) -> None:
+        super().__init__(slots=slots, ctx=ctx)
+        self.token_s = token_s
+        self.mute = mute
+        self.orders: list[Generation] = []
+        self.sent: list[int] = []
+        self.running = 0
+        self._closing = asyncio.Event()
+
+    async def generate(self, generation: Generation, on_tokens: OnTokens) -> Completed:
+        """Token by token; broken off when the client of the engine is closed, as a connection would be."""
+        number = len(self.orders)
+        self.orders.append(generation)
+        self.sent.append(0)
+        if self.start is not None:
+            raise self.start
+        self.running += 1
+        try:
+            while self.mute or self.sent[number] < generation.max_tokens:
+                await self._pass_time()
+                if not self.mute:
+                    on_tokens([f"{self.sent[number]} "])
+                    self.sent[number] += 1
+        finally:
+            self.running -= 1
+        return Completed("length", Usage(len(generation.prompt), generation.max_tokens, 0))
+
+    async def read_load(self) -> SlotLoad | None:
+        """Generations that are under way, and foreign ones."""
+        return None if self.foreign is None else SlotLoad(self.foreign + self.running, kv_usage=self.running / 10)
+
+    async def aclose(self) -> None:
+        """Break off what is under way."""
+        await super().aclose()
+        self._closing.set()
+
+    async def _pass_time(self) -> None:
+        try:
+            async with asyncio.timeout(self.token_s):
+                await self._closing.wait()
+        except TimeoutError:
+            return
+        raise WorkerReset("The connection to the engine was closed.")

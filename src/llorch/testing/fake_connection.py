@@ -12,7 +12,8 @@ from typing import Any, Final, Protocol, cast
 import httptools
 import msgspec
 
-from llorch.testing.fake_generation import Faults, Run
+from llorch.testing.fake_faults import Faults, Frost
+from llorch.testing.fake_generation import Run
 
 _REASONS: Final = {200: "OK", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found", 503: "Service Unavailable"}
 
@@ -31,11 +32,16 @@ class Request:
 class Server(Protocol):
     """The engine, as a connection sees it."""
 
-    faults: Faults
+    frost: Frost
     keep_alive_s: float
     connections_made: int
     idle_closed: int
     connections: "set[FakeConnection]"
+
+    @property
+    def faults(self) -> Faults:
+        """What goes wrong now."""
+        ...
 
     def serve(self, connection: "FakeConnection", request: Request) -> None:
         """Answer, now or later."""
@@ -202,6 +208,9 @@ class FakeConnection(asyncio.Protocol):
         if self._transport is None or self._transport.is_closing():
             self._outbox.clear()
             return
+        if self._engine.frost.is_frozen:
+            self._engine.frost.hold(lambda: self._pump(pause_s))
+            return
         self._transport.write(self._outbox.popleft())
         if self._outbox:
             self._loop.call_later(pause_s, self._pump, pause_s)
@@ -209,6 +218,8 @@ class FakeConnection(asyncio.Protocol):
             self._transport.close()
 
     def _close_idle(self) -> None:
+        if self._engine.frost.is_frozen:
+            return
         self._engine.idle_closed += 1
         self.drop_if_idle()
 

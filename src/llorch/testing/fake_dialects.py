@@ -107,6 +107,13 @@ def make_tokens(prompt: str, seed: int, count: int) -> list[str]:
     return tokens
 
 
+def expected_tokens(prompt: str, seed: int, count: int) -> list[str]:
+    """The tokens that a generation has to give, at most `count`: on every FakeEngine the same."""
+    asked, done, wanted = wanted_tokens(prompt)
+    most = count if wanted is None else min(count, max(0, wanted - done))
+    return make_tokens(asked, seed, done + most)[done:]
+
+
 def cut_at_stop(tokens: list[str], stop: tuple[str, ...]) -> tuple[list[str], bool]:
     """The tokens before the first stop sequence, the last of them cut, and whether there was one."""
     text = "".join(tokens)

@@ -2,30 +2,28 @@
 
 Tokens depend on (prompt, seed) alone, slots queue like llama.cpp's, and everything that clients do is recorded. It
 runs inside a test's event loop, or as a process of its own (`python -m llorch.testing.fake_engine`), where
-`POST /_fake` does what the methods do and `GET /_fake` tells the record. Wire formats: `llorch.testing.fake_dialects`.
+`POST /_fake` does what the methods do and `GET /_fake` tells the record. Wire formats: `llorch.testing.fake_dialects`;
+what can go wrong: `llorch.testing.fake_faults`.
 """
 
-import argparse
 import asyncio
 import dataclasses
-import gc
-import signal
-import sys
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
 import msgspec
-import uvloop
 
 from llorch.testing import fake_dialects as dialects
+from llorch.testing import fake_process
 from llorch.testing.fake_connection import FakeConnection, Request
 from llorch.testing.fake_dialects import Encoder, Order, Refused
-from llorch.testing.fake_generation import Faults, Run, Seen
+from llorch.testing.fake_faults import Faults, Frost, Hog
+from llorch.testing.fake_generation import Run, Seen
 
 __all__ = ["FakeEngine", "Faults", "Seen"]
 
+_ADMIN: Final = "/_fake"
 _RECORDS_MAX: Final = 50_000
 _SETTABLE: Final = (
     "token_interval_s",
@@ -47,7 +45,8 @@ class FakeEngine:
     Use it with `async with`. `tokens_per_segment` tokens are sent together. `prefill_interval_s` is the time per 64
     prompt tokens, `keep_alive_s` how long an idle connection is kept. Or it has the rates of a modelled engine: a
     generation takes `overhead_s + prefill_token_s * prompt tokens + decode_token_s * tokens`, its segments coming when
-    their last token is due. A prompt says how long its answer shall be: see `fake_dialects.wanted_tokens`.
+    their last token is due. A prompt says how long its answer shall be: see `fake_dialects.wanted_tokens`. For `load_s`
+    seconds from its start the engine answers that it loads its model.
     """
 
     def __init__(
@@ -65,6 +64,7 @@ class FakeEngine:
         model: str = "fake",
         api_key: str | None = None,
         can_erase: bool = True,
+        load_s: float = 0.0,
         speaks: tuple[str, ...] = ("llamacpp", "openai"),
     ) -> None:
         self.slots = slots
@@ -80,8 +80,9 @@ class FakeEngine:
         self.api_key = api_key
         self.speaks = speaks
         self.can_erase = can_erase
+        self.load_s = load_s
         self.erased: deque[int] = deque(maxlen=_RECORDS_MAX)
-        self.faults = Faults()
+        self.frost = Frost()
         self.seen: deque[Seen] = deque(maxlen=_RECORDS_MAX)
         self.max_running = 0
         self.connections_made = 0
@@ -89,6 +90,9 @@ class FakeEngine:
         """Idle connections that this engine closed, because the client had not."""
         self.connections: set[FakeConnection] = set()
         self.port = 0
+        self._faults = Faults()
+        self._hog = Hog()
+        self._loaded_at = 0.0
         self._server: asyncio.Server | None = None
         self._busy: dict[int, Run] = {}
         self._waiting: deque[Run] = deque()
@@ -100,10 +104,12 @@ class FakeEngine:
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(lambda: FakeConnection(self), host, port)
         self.port = self._server.sockets[0].getsockname()[1]
+        self._loaded_at = loop.time() + self.load_s
 
     async def aclose(self) -> None:
         """Stop listening and reset every connection, as when the process is killed. Idempotent."""
         server, self._server = self._server, None
+        self.frost.forget()
         self.faults = Faults(refuse=True)
         for _ in range(_ACCEPT_PASSES):
             await asyncio.sleep(0)
@@ -130,6 +136,22 @@ class FakeEngine:
         return f"http://127.0.0.1:{self.port}"
 
     @property
+    def faults(self) -> Faults:
+        """What goes wrong. Assign another to change it: `freeze` and `hog_mib` do not hear of a change in place."""
+        return self._faults
+
+    @faults.setter
+    def faults(self, faults: Faults) -> None:
+        self._faults = faults
+        self._hog.take(faults.hog_mib)
+        self.frost.turn(is_frozen=faults.freeze)
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether it answers everything with 503, because its model is not loaded yet."""
+        return self._faults.loading or asyncio.get_running_loop().time() < self._loaded_at
+
+    @property
     def running(self) -> int:
         """Slots that are busy."""
         return len(self._busy)
@@ -151,9 +173,7 @@ class FakeEngine:
 
     def expected_tokens(self, prompt: str, seed: int, count: int) -> list[str]:
         """The tokens that a generation has to give, at most `count`."""
-        asked, done, wanted = dialects.wanted_tokens(prompt)
-        most = count if wanted is None else min(count, max(0, wanted - done))
-        return dialects.make_tokens(asked, seed, done + most)[done:]
+        return dialects.expected_tokens(prompt, seed, count)
 
     def release(self, tokens: int, *, generation: int | None = None) -> None:
         """Let held generations send that many more tokens: all that run, or the one with that id."""
@@ -234,6 +254,9 @@ class FakeEngine:
         return faults
 
     def _start_waiting(self) -> None:
+        if self.frost.is_frozen:
+            self.frost.hold(self._start_waiting)
+            return
         while self._waiting and len(self._busy) < self.slots:
             run = self._waiting.popleft()
             run.seen.slot = next(each for each in range(self.slots) if each not in self._busy)
@@ -247,19 +270,26 @@ class FakeEngine:
 
     def serve(self, connection: FakeConnection, request: Request) -> None:
         """Answer a request, now or later."""
+        if self.frost.is_frozen and request.path != _ADMIN:
+            self.frost.hold(lambda: self._serve_late(connection, request))
+            return
         try:
             self._route(connection, request)
         except Refused as exc:
             connection.answer(exc.status, exc.body)
 
+    def _serve_late(self, connection: FakeConnection, request: Request) -> None:
+        if connection in self.connections:
+            self.serve(connection, request)
+
     def _route(self, connection: FakeConnection, request: Request) -> None:
         path = request.path
-        if path == "/_fake":
+        if path == _ADMIN:
             if request.method == "POST":
                 self.command(msgspec.json.decode(request.body))
             connection.answer(200, self.report(with_requests="requests=1" in request.query))
             return
-        if self.faults.loading:
+        if self.is_loading:
             raise Refused(503, {"error": {"message": "Loading model", "type": "unavailable_error", "code": 503}})
         key = f"Bearer {self.api_key}".encode()
         if self.api_key is not None and path != "/health" and request.authorization != key:
@@ -386,65 +416,5 @@ def _not_found() -> Refused:
     return Refused(404, {"error": {"message": "File Not Found", "type": "not_found_error", "code": 404}})
 
 
-@dataclass(frozen=True, slots=True)
-class _Settings:
-    """The command line."""
-
-    host: str
-    port: int
-    engine: dict[str, Any] = field(default_factory=dict)
-
-
-def _parse(arguments: list[str]) -> _Settings:
-    parser = argparse.ArgumentParser(prog="python -m llorch.testing.fake_engine", description=__doc__)
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=0, help="0 picks one; the line on stdout tells which")
-    parser.add_argument("--slots", type=int, default=1)
-    parser.add_argument("--ctx", type=int, default=8192)
-    parser.add_argument("--token-interval-ms", type=float, default=0.0)
-    parser.add_argument("--tokens-per-segment", type=int, default=1)
-    parser.add_argument("--prefill-interval-ms", type=float, default=0.0, help="per 64 prompt tokens")
-    parser.add_argument("--overhead-ms", type=float, default=0.0, help="per generation")
-    parser.add_argument("--prefill-token-ms", type=float, default=0.0, help="per prompt token")
-    parser.add_argument("--decode-token-ms", type=float, default=0.0, help="per token")
-    parser.add_argument("--can-erase", type=int, choices=(0, 1), default=1, help="whether slots can be erased")
-    parser.add_argument("--model", default="fake")
-    parser.add_argument("--api-key", default=None)
-    parser.add_argument("--dialects", default="llamacpp,openai")
-    options = parser.parse_args(arguments)
-    return _Settings(
-        host=options.host,
-        port=options.port,
-        engine={
-            "slots": options.slots,
-            "ctx": options.ctx,
-            "token_interval_s": options.token_interval_ms / 1000,
-            "tokens_per_segment": options.tokens_per_segment,
-            "prefill_interval_s": options.prefill_interval_ms / 1000,
-            "overhead_s": options.overhead_ms / 1000,
-            "prefill_token_s": options.prefill_token_ms / 1000,
-            "decode_token_s": options.decode_token_ms / 1000,
-            "can_erase": bool(options.can_erase),
-            "model": options.model,
-            "api_key": options.api_key,
-            "speaks": tuple(options.dialects.split(",")),
-        },
-    )
-
-
-async def _serve_until_told(settings: _Settings) -> None:
-    told = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, told.set)
-    engine = FakeEngine(**settings.engine)
-    await engine.start(settings.host, settings.port)
-    line = {"event": "listening", "url": f"http://{settings.host}:{engine.port}", "port": engine.port}
-    sys.stdout.write(msgspec.json.encode(line).decode() + "\n")
-    sys.stdout.flush()
-    await told.wait()
-    await engine.aclose()
-
-
 if __name__ == "__main__":
-    gc.freeze()
-    uvloop.run(_serve_until_told(_parse(sys.argv[1:])))
+    fake_process.main(FakeEngine)

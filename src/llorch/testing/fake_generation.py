@@ -1,49 +1,17 @@
-"""One generation of FakeEngine: its record, its faults, and the timing of its frames.
+"""One generation of FakeEngine: its record, and the timing of its frames.
 
 It sends what the dialect encodes when it is due, and goes wrong when it was told to; slots are the engine's business,
 sockets the connection's.
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from llorch.testing import fake_dialects as dialects
 from llorch.testing.fake_dialects import Encoder, Order
-
-
-@dataclass(slots=True)
-class Faults:
-    """What goes wrong. Those of a generation are taken when it arrives; `times` says for how many, None for all."""
-
-    loading: bool = False
-    """Everything answers 503, as while the model is loaded."""
-    refuse: bool = False
-    """Connections are reset as soon as they stand."""
-    drop_reused: bool = False
-    """A second request on a connection is answered by closing it, as when the idle timeout strikes just then."""
-    error_status: int | None = None
-    """Generations are refused with this status."""
-    error_body: dict[str, Any] | None = None
-    stall: bool = False
-    """Generations are accepted and never answered."""
-    close_after: int | None = None
-    """The connection is closed after that many tokens, without an end."""
-    silent_after: int | None = None
-    """Nothing more is sent after that many tokens."""
-    error_after: int | None = None
-    """An error event is sent after that many tokens."""
-    eos_after: int | None = None
-    """The model ends by itself after that many tokens."""
-    slow_abort_s: float = 0.0
-    """How long a slot stays busy after its client went away."""
-    split_at: tuple[int, ...] = ()
-    """Every frame is sent in pieces, cut at these byte offsets, each piece a segment of its own."""
-    split_pause_s: float = 0.001
-    hold: bool = False
-    """Tokens are sent only when `release` says so."""
-    times: int | None = None
+from llorch.testing.fake_faults import Faults, Frost
 
 
 @dataclass(slots=True)
@@ -77,6 +45,7 @@ class Host(Protocol):
     overhead_s: float
     prefill_token_s: float
     decode_token_s: float
+    frost: Frost
 
     def free(self, run: "Run") -> None:
         """The run's slot, or its place in line, is free again."""
@@ -124,6 +93,7 @@ class Run:
         "_engine",
         "_faults",
         "_finish",
+        "_is_held",
         "_loop",
         "_order",
         "_prompt_tokens",
@@ -152,6 +122,7 @@ class Run:
         self._timer: asyncio.Handle | None = None
         self._due = 0.0
         self._credit = 0
+        self._is_held = False
         self.seen = seen
         self._tokens, self._finish = self._plan()
 
@@ -182,6 +153,9 @@ class Run:
     def client_gone(self) -> None:
         """The connection is closed. What is not streamed runs on, as it does in llama.cpp."""
         self._connection = None
+        if self._engine.frost.is_frozen:
+            self._engine.frost.hold(self.client_gone)
+            return
         if self.seen.state not in ("queued", "running"):
             return
         if self._order.path == "/completion" and not self._order.stream and self.seen.slot is not None:
@@ -222,6 +196,9 @@ class Run:
     def _prefill(self, processed: int) -> None:
         """Report progress per 64 prompt tokens, then go on to the first token."""
         self._timer = None
+        if self._engine.frost.is_frozen:
+            self._hold(lambda: self._prefill(processed))
+            return
         total = self._prompt_tokens
         while True:
             self._report_prefill(min(processed, total))
@@ -260,6 +237,9 @@ class Run:
         """Send what is due now, and arrange for what follows."""
         self._timer = None
         seen, engine = self.seen, self._engine
+        if engine.frost.is_frozen:
+            self._hold(self._step)
+            return
         if self._faults.hold and self._credit <= 0:
             return
         frames = []
@@ -277,6 +257,18 @@ class Run:
         self._due += self._segment_s()
         self._schedule()
         engine.changed()
+
+    def _hold(self, action: Callable[[], None]) -> None:
+        """This comes next, when the frost is over: once, however often it was due."""
+        if not self._is_held:
+            self._is_held = True
+            self._engine.frost.hold(lambda: self._thaw(action))
+
+    def _thaw(self, action: Callable[[], None]) -> None:
+        self._is_held = False
+        if self.seen.state == "running":
+            self._due = max(self._due, self._loop.time())
+            action()
 
     def _next_frame(self) -> bytes:
         seen = self.seen

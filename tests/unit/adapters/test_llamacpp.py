@@ -184,7 +184,7 @@ async def test_other_server_is_worker_reset_not_nonsense(fake: FakeEngine) -> No
     fake.speaks = ("openai",)
     engine = LlamaCppEngine(fake.url)
     facts = await engine.read_facts()
-    assert (facts.slots, facts.ctx_per_slot, await engine.count_busy_slots()) == (None, None, None)
+    assert (facts.slots, facts.ctx_per_slot, await engine.read_load()) == (None, None, None)
     with pytest.raises(PoolUnready):
         await engine.count_tokens("a")
     await engine.aclose()

@@ -122,7 +122,7 @@ class House:
             ledger=self.ledger,
             records=self.records,
             journal=self.journal,
-            runner=Runner({known.replica_id: known.engine for known in self.replicas}),
+            runner=Runner(self.pools.engine),
             telemetry=self.telemetry,
             clock=self.clock,
             on_suspect=self._suspect,

@@ -8,7 +8,7 @@ import pytest
 
 from llorch.domain import events as ev
 from llorch.domain.pool import ReplicaState
-from llorch.errors import InvalidParams, LaunchError, LlorchError, NotFound, PoolUnready, WorkerReset
+from llorch.errors import InvalidParams, LlorchError, NotFound, PoolUnready, WorkerReset
 from llorch.service.inventory import Fact
 from llorch.service.pools import LAST_RETRY_S, PROBE_S
 from llorch.service.probes import UNVERIFIED, Pool, ReplicaConfig, Watched
@@ -128,13 +128,6 @@ async def test_facts_are_read_when_the_replica_comes_up_and_not_at_every_probe()
     assert engine.readings == 3
 
 
-async def test_failed_replica_does_not_come_back_by_itself() -> None:
-    made = await probed(FakeEnginePort())
-    made.fail(LaunchError("it crashed"))
-    await made.probe()
-    assert made.state is ReplicaState.FAILED
-
-
 # The loop
 
 
@@ -191,21 +184,6 @@ async def test_suspect_replica_that_stays_away_takes_nothing() -> None:
         assert len(house.engine.generations) == 1
         assert house.pools.get("llamacpp-m").replicas[0].last_error is not None
         watching.cancel()
-
-
-async def test_replica_that_failed_for_good_is_probed_no_more() -> None:
-    async with House() as house:
-        watching = asyncio.create_task(house.pools.watch(house.dispatcher.post))
-        await settle()
-        house.pools.fail("llamacpp-m/0", LaunchError("it crashed"), house.dispatcher.post)
-        before = house.engine.probes
-        await asyncio.sleep(60.0)
-        assert house.engine.probes == before
-        assert watching.done()
-        [view] = house.pools.list()
-        assert view.replicas[0].state is ReplicaState.FAILED
-        with pytest.raises(PoolUnready):
-            await house.submit()
 
 
 def loads(house: House) -> list[tuple[str, int]]:

@@ -29,7 +29,7 @@ class Desk:
         where = route()
         self.record = Record(asked, where, 7, "c", 0.0, unchecked_prompt(asked, where))
         self.engine = FakeEnginePort()
-        self.runner = Runner({"r": self.engine})
+        self.runner = Runner({"r": self.engine}.__getitem__)
         self.events: list[ev.Event] = []
         self.attempts = 0
         self.replayed = 0
