@@ -42,7 +42,7 @@ TRANSITIONS: Mapping[ReplicaState, frozenset[ReplicaState]] = {
     _S.STOPPED: frozenset({_S.STARTING, _S.FAILED}),
     _S.FAILED: frozenset({_S.STARTING, _S.STOPPED}),
 }
-"""From each state to those that may follow it. What drains, has stopped or has failed is Ready only by starting anew."""
+"""What may follow each state. What drains, has stopped or has failed becomes Ready only by starting anew."""
 
 
 def check_move(old: ReplicaState, new: ReplicaState) -> None:

@@ -105,6 +105,7 @@ class Watched:
         self._on_test = on_test
         self.engine = self._client()
         self._facts: EngineFacts | None = None
+        self._cohort: Cohort | None = None
         self._poked = asyncio.Event()
         self.news = asyncio.Event()
         """Set at every change, for whoever waits for one; they clear it."""
@@ -122,13 +123,19 @@ class Watched:
         return self.config.pool.route.route_id
 
     def replica(self) -> Replica:
-        """What the scheduler is told. Until the engine has answered, its slots are taken for what is configured."""
-        slots = self._facts.slots if self._facts is not None else self.config.slots
+        """What the scheduler is told. Until the engine has answered, its slots are taken for what is configured.
+
+        A process that is started again counts as what the one before was, until it says otherwise: strict tasks that
+        wait for it would else be stranded.
+        """
+        if self._facts is not None or self._cohort is None:
+            slots = self._facts.slots if self._facts is not None else self.config.slots
+            self._cohort = Cohort(self.engine_version.value, self.model_digest.value, exact=slots == 1)
         return Replica(
             replica_id=self.config.replica_id,
             pool_id=self.config.pool.pool_id,
             slots=self.config.slots,
-            cohort=Cohort(self.engine_version.value, self.model_digest.value, exact=slots == 1),
+            cohort=self._cohort,
             state=self.state,
             can_interrupt=self.engine is not None and self.engine.can_interrupt,
             comes_back=self.comes_back,

@@ -28,6 +28,12 @@ class Run:
     has_token: bool = False
     is_aborted: bool = False
     is_preempted: bool = False
+    is_moved: bool = False
+
+    @property
+    def waits_again(self) -> bool:
+        """It was told to stop, and its task goes on later."""
+        return self.is_preempted or self.is_moved
 
 
 @dataclass
@@ -45,13 +51,20 @@ class Model:
     admitted: list[Task] = field(default_factory=list)
     finishes: Counter[int] = field(default_factory=Counter)
     preemptions: Counter[int] = field(default_factory=Counter)
+    moves: Counter[int] = field(default_factory=Counter)
+    vacated: str | None = None
     is_closing: bool = False
 
     # Events, before the scheduler has handled them
 
     def take(self, event: ev.Event) -> None:
         """What the event by itself changes."""
+        self.vacated = event.replica_id if isinstance(event, ev.ReplicaVacated) else None
         match event:
+            case ev.ReplicaRemoved(replica_id):
+                self.replicas.pop(replica_id, None)
+            case ev.ConfigChanged(policy):
+                self.policy = policy
             case ev.ReplicaChanged(told):
                 self.replicas[told.replica_id] = told
             case ev.ShutdownRequested():
@@ -67,8 +80,10 @@ class Model:
                 self._suspect(run.replica_id, fault)
 
     def _suspect(self, replica_id: str, fault: Fault | None) -> None:
-        known = self.replicas[replica_id]
-        if fault is not None and issubclass(fault.kind, SUSPICIOUS) and known.state is ReplicaState.READY:
+        known = self.replicas.get(replica_id)
+        if known is None or known.state is not ReplicaState.READY:
+            return
+        if fault is not None and issubclass(fault.kind, SUSPICIOUS):
             self.replicas[replica_id] = replace(known, state=ReplicaState.UNREADY)
 
     # Commands, in their order
@@ -95,10 +110,20 @@ class Model:
         run = self.runs[attempt.attempt_id]
         assert not run.is_aborted, "aborted twice"
         run.is_aborted = True
-        if attempt.is_preempted:
+        if attempt.broken_off is not None and attempt.broken_off.policy_label == "moved":
+            self._move(run)
+        elif attempt.broken_off is not None:
             self._preempt(run)
         else:
             assert self.finishes[run.task.order] == 1, "aborted, but the task has not ended"
+
+    def _move(self, run: Run) -> None:
+        """ORCH-3158."""
+        run.is_moved = True
+        self.moves[run.task.order] += 1
+        assert run.replica_id == self.vacated, "moved without need"
+        assert not run.has_token or run.task.spec.strict or run.task.spec.can_continue
+        assert any(r.meets(self._need(run.task)) and r.may_serve for r in self.replicas.values()), "moved to nowhere"
 
     def _preempt(self, run: Run) -> None:
         """ORCH-3085..3087."""
@@ -135,7 +160,7 @@ class Model:
         assert len(others) < target.slots, "more attempts than slots"
         assert attempt.slot in set(range(max(target.slots, attempt.slot + 1))) - {run.slot for run in others}
         assert attempt.attempt_id > max((*self.runs, *self.ended), default=0)
-        assert task.attempts <= ATTEMPTS + self.preemptions[task.order]
+        assert task.attempts <= ATTEMPTS + self.preemptions[task.order] + self.moves[task.order]
         assert attempt.tokens_before == task.tokens_out
         deadline_s = task.spec.deadline_s
         assert deadline_s is None or task.accepted_at + deadline_s > now, "started after its deadline"
@@ -160,8 +185,8 @@ class Model:
         assert isinstance(event, ev.AttemptEnded)
         run = self.ended[event.attempt_id]
         assert run.task is task
-        if run.is_preempted:
-            assert fault.policy_label == "preempted"
+        if run.waits_again:
+            assert fault.policy_label == ("moved" if run.is_moved else "preempted")
         else:
             assert not run.has_token
             assert not run.is_aborted
@@ -189,11 +214,11 @@ class Model:
         assert not (self.is_closing and self.waiting)
         for task in self.waiting.values():
             need = self._need(task)
-            is_waiting_in_vain = not any(r.meets(need) and not r.state.is_gone for r in self.replicas.values())
+            is_waiting_in_vain = not any(r.meets(need) and r.may_serve for r in self.replicas.values())
             assert not is_waiting_in_vain
             if self._has_turn(task):
                 assert not any(known.meets(need) for known in self._free()), f"{task.key} waits beside a free slot"
-        running = [run.task.order for run in self.runs.values() if run.is_preempted or not run.is_aborted]
+        running = [run.task.order for run in self.runs.values() if run.waits_again or not run.is_aborted]
         running = [order for order in running if self.finishes[order] == 0]
         assert len(running) == len(set(running)), "two attempts at one task"
         assert sorted(running) == sorted(t.order for k, t in self.live.items() if k not in self.waiting)

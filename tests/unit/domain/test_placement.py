@@ -208,7 +208,7 @@ class Placements(RuleBasedStateMachine):
         for need in NEEDS:
             assert self.fleet.can_start(need) is any(known.meets(need) for known in free)
             assert self.fleet.ready(need) is any(known.meets(need) for known in ready)
-            assert self.fleet.can_serve(need) is any(known.meets(need) and not known.state.is_gone for known in told)
+            assert self.fleet.can_serve(need) is any(known.meets(need) and known.may_serve for known in told)
             if self.fleet.can_start(need):
                 assert self.fleet.choose(need).replica_id == self.choice(need, None, Fraction(0))
 

@@ -80,11 +80,14 @@ def test_replica_is_free_until_its_last_slot_is_leased_and_again_when_one_is_set
     assert rack.fleet.has_free
 
 
-@pytest.mark.parametrize(("state", "serves"), [(state, not state.is_gone) for state in ReplicaState])
-def test_only_ready_starts_and_only_what_is_gone_cannot_serve(state: ReplicaState, serves: bool) -> None:
+@pytest.mark.parametrize("state", ReplicaState)
+def test_only_ready_starts_and_what_is_gone_or_leaves_cannot_serve(state: ReplicaState) -> None:
+    """ORCH-3154."""
     fleet = Rack(replica(state=state)).fleet
     is_ready = state is ReplicaState.READY
-    assert fleet.can_serve(ANYWHERE) is serves
+    assert fleet.can_serve(ANYWHERE) is (
+        state not in (ReplicaState.DRAINING, ReplicaState.STOPPED, ReplicaState.FAILED)
+    )
     assert fleet.can_start(ANYWHERE) is is_ready
     assert fleet.ready(ANYWHERE) is is_ready
     assert (fleet.ready_count, fleet.ready_slots) == (is_ready, is_ready)

@@ -1,5 +1,6 @@
 """Random histories of a route: after every event nothing is lost, doubled, overtaken or overfilled."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -85,6 +86,7 @@ class Histories(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now = 0.0
+        self.added = 0
         self.model: Model = Model(RoutePolicy())
 
     def post(self, event: ev.Event) -> list[ev.Command]:
@@ -118,7 +120,30 @@ class Histories(RuleBasedStateMachine):
     def change(self, index: int, state: ReplicaState, version: str) -> None:
         known = list(self.model.replicas.values())[index % len(self.model.replicas)]
         cohort = Cohort(version, None, exact=known.cohort.exact)
-        self.post(ev.ReplicaChanged(Replica(known.replica_id, "pool", known.slots, cohort, state, index % 4 > 0)))
+        told = Replica(known.replica_id, "pool", known.slots, cohort, state, index % 4 > 0, comes_back=index % 3 == 0)
+        self.post(ev.ReplicaChanged(told))
+
+    @rule(index=INDEX, comes_back=st.booleans(), is_removed=st.booleans())
+    def empty(self, index: int, comes_back: bool, is_removed: bool) -> None:
+        """A replica drains, its deadline passes, and perhaps it goes for good, before or after its engine let go."""
+        known = list(self.model.replicas.values())[index % len(self.model.replicas)]
+        self.post(ev.ReplicaChanged(replace(known, state=ReplicaState.DRAINING, comes_back=comes_back)))
+        self.post(ev.ReplicaVacated(known.replica_id))
+        assert all(run.is_aborted for run in self.model.runs.values() if run.replica_id == known.replica_id)
+        if is_removed and not comes_back:
+            self.added += 1
+            fresh = replace(known, replica_id=f"n{self.added}", state=ReplicaState.READY, comes_back=False)
+            self.post(ev.ReplicaChanged(fresh))
+            self.post(ev.ReplicaRemoved(known.replica_id))
+            self.post(ev.ReplicaRemoved(known.replica_id))
+
+    @rule(queue=POLICIES, hard=st.booleans())
+    def configure_anew(self, queue: QueuePolicy, hard: bool) -> None:
+        before = {key: (task.state, task.attempt) for key, task in self.model.live.items()}
+        policy = replace(self.model.policy, queue=queue, preemption=PreemptionPolicy(hard), bindings=3 if hard else 10)
+        commands = self.post(ev.ConfigChanged(policy))
+        assert all(isinstance(command, ev.Start | ev.Abort) for command in commands), commands
+        assert self.model.live.keys() == before.keys()
 
     @rule(wishes=st.lists(WISHES, min_size=1, max_size=6))
     def submit(self, wishes: list[int]) -> None:
@@ -252,7 +277,7 @@ class Histories(RuleBasedStateMachine):
         elif kind == 12:
             self.pass_time(one / 50, is_ticked=other % 2 == 0)
         elif kind < 15:
-            state = list(ReplicaState)[other % 7] if other >= 190 else ReplicaState.READY
+            state = list(ReplicaState)[other % len(ReplicaState)] if other >= 190 else ReplicaState.READY
             self.change(one, state, "v2" if one >= 200 else "v1")
         elif self.model.live:
             key = list(self.model.live)[one % len(self.model.live)]

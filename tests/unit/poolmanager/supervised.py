@@ -4,7 +4,7 @@ import asyncio
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 import structlog
@@ -48,7 +48,7 @@ def order(
         "supervision": Supervision(**limits, restart=restart),
         "command": (*command, *words),
     }
-    return LaunchOrder(replica_id=replica_id, pool_id=replica_id.split("/")[0], **{**fields, **more})
+    return LaunchOrder(replica_id=replica_id, pool_id=replica_id.partition("/")[0], **{**fields, **more})
 
 
 def python(code: str) -> tuple[str, ...]:
@@ -80,7 +80,7 @@ class Watched:
             owner=owner, devices=self.devices, report=self._hear, log=make_log(self.capture), **options
         )
 
-    async def __aenter__(self) -> "Watched":
+    async def __aenter__(self) -> Self:
         await self.manager.__aenter__()
         return self
 

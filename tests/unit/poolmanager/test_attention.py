@@ -84,11 +84,14 @@ async def test_silence_of_one_check_after_the_manager_stood_still_is_forgiven(mo
     monkeypatch.setattr("llorch.poolmanager.attention.HEALTH_S", 0.01)
     loop = asyncio.get_running_loop()
     asked: list[float] = []
+    has_gone_on = asyncio.Event()
     leap, time = 0.0, loop.time
 
     async def stand_still(_url: str, *, api_key: str, timeout_s: float) -> int | None:
         nonlocal leap
         asked.append(timeout_s)
+        if len(asked) == 6:
+            has_gone_on.set()
         if len(asked) == 3:
             leap = 3600.0
             return None
@@ -97,8 +100,7 @@ async def test_silence_of_one_check_after_the_manager_stood_still_is_forgiven(mo
     monkeypatch.setattr("llorch.poolmanager.attention.ask", stand_still)
     monkeypatch.setattr(loop, "time", lambda: time() + leap)
     watch = asyncio.create_task(watch_health("http://x", api_key="k", limit_s=15, on_check=lambda: None))
-    while len(asked) < 6 and not watch.done():
-        await asyncio.sleep(0)
+    await asyncio.wait({watch, asyncio.ensure_future(has_gone_on.wait())}, return_when=asyncio.FIRST_COMPLETED)
     assert not watch.done()
     watch.cancel()
 

@@ -9,7 +9,7 @@ from llorch.service.launching import Cause
 
 VRAM = [
     # llama.cpp 20431
-    "ggml_backend_cuda_buffer_type_alloc_buffer: allocating 144817.04 MiB on device 0: cudaMalloc failed: out of memory",
+    "ggml_backend_cuda_buffer_type_alloc_buffer: allocating 144817.04 MiB on device 0: cudaMalloc failed: out of memory",  # noqa: E501
     "alloc_tensor_range: failed to allocate CUDA0 buffer of size 151851674624",
     "llama_model_load: error loading model: unable to allocate CUDA0 buffer",
     # llama.cpp 11476

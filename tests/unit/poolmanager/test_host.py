@@ -13,6 +13,27 @@ from llorch.testing.devices import FakeDevices
 from tests.unit.poolmanager.supervised import make_log
 
 
+class Counted(FakeDevices):
+    """Tells when it was read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._loop = asyncio.get_running_loop()
+        self._told = asyncio.Semaphore(0)
+
+    def read(self) -> HostFacts:
+        self._loop.call_soon_threadsafe(self._told.release)
+        return super().read()
+
+    async def read_more(self, count: int) -> None:
+        """Return when it was read so often from now on; everything read before the last of them is in use then."""
+        while not self._told.locked():
+            await self._told.acquire()
+        async with asyncio.timeout(10):
+            for _ in range(count):
+                await self._told.acquire()
+
+
 @pytest.mark.parametrize(
     ("own", "group", "events", "count"),
     [
@@ -42,25 +63,23 @@ async def test_old_kills_explain_nothing_and_facts_are_the_newest(monkeypatch: p
     kills = 5
     monkeypatch.setattr(host_module, "READ_S", 0.0)
     monkeypatch.setattr(host_module, "read_oom_kills", lambda: kills)
-    devices = FakeDevices()
+    devices = Counted()
     host = Host(devices, make_log(LogCapture()))
     assert host.facts == HostFacts()
     assert host.count_oom_kills() == 0
     kills = 6
     assert host.count_oom_kills() == 1
     watch = asyncio.create_task(host.watch())
-    async with asyncio.timeout(10):
-        while host.count_oom_kills():
-            await asyncio.sleep(0)
+    await devices.read_more(3)
+    assert host.count_oom_kills() == 0
     devices.put(0, total_gib=8)
-    async with asyncio.timeout(10):
-        while not host.facts.gpus:
-            await asyncio.sleep(0)
+    await devices.read_more(2)
+    assert host.facts.gpus[0].index == 0
     watch.cancel()
 
 
 async def test_reading_that_fails_is_told_and_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Broken(FakeDevices):
+    class Broken(Counted):
         def read(self) -> HostFacts:
             super().read()
             raise RuntimeError("a bug")
@@ -68,8 +87,6 @@ async def test_reading_that_fails_is_told_and_tried_again(monkeypatch: pytest.Mo
     monkeypatch.setattr(host_module, "READ_S", 0.0)
     devices, capture = Broken(), LogCapture()
     watch = asyncio.create_task(Host(devices, make_log(capture)).watch())
-    async with asyncio.timeout(10):
-        while devices.reads < 3:
-            await asyncio.sleep(0)
+    await devices.read_more(3)
     watch.cancel()
     assert capture.entries[0]["event"] == "unforeseen_error"

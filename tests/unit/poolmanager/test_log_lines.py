@@ -14,7 +14,7 @@ class Heard:
     def __init__(self, burst: int = 3, lines_per_s: float = 2.0) -> None:
         self.clock = FakeClock()
         self.capture = LogCapture()
-        self.lines = EngineLog(make_log(self.capture), clock=self.clock.now, burst=burst, lines_per_s=lines_per_s)
+        self.lines = EngineLog(make_log(self.capture), clock=self.clock.monotonic, burst=burst, lines_per_s=lines_per_s)
 
     @property
     def told(self) -> list[str]:

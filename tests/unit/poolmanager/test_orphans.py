@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,11 +21,10 @@ from llorch.poolmanager.process import ReplicaProcess
 
 ENGINE = '''
 import json, os, subprocess, sys
-child = subprocess.Popen([sys.executable, "-I", "-S", "-c", "import os; os.setsid(); os.read(0, 1)"], stdin=subprocess.PIPE)
+sleep = [sys.executable, "-I", "-S", "-c", "import os, time; os.setsid(); time.sleep(600)"]
+child = subprocess.Popen(sleep)
 print(json.dumps([os.getpid(), child.pid]), flush=True)
-sys.stdin.read()
-import time
-time.sleep(600)
+child.wait()
 '''
 
 async def main():
@@ -55,7 +53,7 @@ def start(tmp_path: Path, owner: str) -> Iterator[Start]:
     def begin(owner: str) -> tuple[Process, list[int]]:
         manager = Process(["-c", MANAGER, owner], log=tmp_path / f"{len(managers)}.log")
         managers.append(manager)
-        return manager, json.loads(wait_for(lambda: manager.text.strip(), "the engine and its child run"))
+        return manager, json.loads(wait_for(lambda: manager.text.strip() or None, "the engine and its child run"))
 
     yield begin
     for manager in managers:

@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
@@ -16,16 +15,15 @@ import uvloop
 from llorch.poolmanager.marks import find_managed, mark_of
 from llorch.poolmanager.process import ReplicaProcess
 from llorch.poolmanager.shielding import to_the_end
+from tests.support.process_table import is_gone
 from tests.unit.poolmanager.supervised import SOON_S, owner_for, python
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 
 SLEEP = "import time; print('here', flush=True); time.sleep(600)"
 STUBBORN = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {SLEEP}"
-CHILD = "import os; os.setsid(); os.write(1, b'child\\n'); os.read(0, 1)"
-PARENT = (
-    f"import subprocess, sys; subprocess.Popen([sys.executable, '-I', '-S', '-c', {CHILD!r}], stdin=subprocess.PIPE);"
-)
+CHILD = "import os, time; os.setsid(); os.write(1, b'child\\n'); time.sleep(600)"
+PARENT = f"import subprocess, sys; subprocess.Popen([sys.executable, '-I', '-S', '-c', {CHILD!r}]);"
 
 
 @pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
@@ -81,7 +79,7 @@ def test_environment_is_the_given_one_and_input_is_empty(tmp_path: Path, run: Ru
         process = await begun.start("import os, sys; print(sorted(os.environ), repr(sys.stdin.read()))", ONE="1")
         await process.wait()
         await process.stop(1)
-        told = [text for _, text in begun.lines][0]
+        told = begun.lines[0][1]
         assert "'LLORCH_ENGINE_START', 'LLORCH_MANAGER', 'ONE'" in told
         assert "'HOME'" not in told
         assert told.endswith("''")
@@ -90,18 +88,12 @@ def test_environment_is_the_given_one_and_input_is_empty(tmp_path: Path, run: Ru
 
 
 @pytest.mark.parametrize(
-    ("code", "grace_s", "is_stopped", "status"),
-    [
-        (SLEEP, 10, False, -signal.SIGTERM),
-        (SLEEP, 10, True, -signal.SIGTERM),
-        (STUBBORN, 0.1, False, -signal.SIGKILL),
-        (STUBBORN, 0.1, True, -signal.SIGKILL),
-        (SLEEP, 0, False, -signal.SIGKILL),
-        (SLEEP, 0, True, -signal.SIGKILL),
-    ],
+    ("code", "grace_s", "status"),
+    [(SLEEP, 10, -signal.SIGTERM), (STUBBORN, 0.1, -signal.SIGKILL), (SLEEP, 0, -signal.SIGKILL)],
 )
+@pytest.mark.parametrize("is_stopped", [False, True])
 def test_stop_ends_it_whatever_it_does(
-    tmp_path: Path, run: Run, code: str, grace_s: float, is_stopped: bool, status: int
+    tmp_path: Path, run: Run, *, code: str, grace_s: float, status: int, is_stopped: bool
 ) -> None:
     async def scenario() -> None:
         begun = Begun(tmp_path)
@@ -140,10 +132,10 @@ def test_children_that_left_the_group_are_ended_too(tmp_path: Path, run: Run, en
 def test_child_that_dropped_its_environment_is_found_by_its_session(tmp_path: Path, run: Run) -> None:
     async def scenario() -> None:
         begun = Begun(tmp_path)
-        bare = "import os; os.write(1, b'%d\\n' % os.getpid()); os.read(0, 1)"
+        bare = "import os, time; os.write(1, b'%d\\n' % os.getpid()); time.sleep(600)"
         process = await begun.start(
             f"import subprocess, sys; subprocess.Popen([sys.executable, '-I', '-S', '-c', {bare!r}],"
-            " stdin=subprocess.PIPE, env={}, process_group=0).wait()"
+            " env={}, process_group=0).wait()"
         )
         async with asyncio.timeout(SOON_S):
             while not begun.lines:
@@ -151,7 +143,7 @@ def test_child_that_dropped_its_environment_is_found_by_its_session(tmp_path: Pa
         child = psutil.Process(int(begun.lines[0][1]))
         assert os.getpgid(child.pid) != process.pid
         await process.stop(1)
-        assert not child.is_running()
+        assert is_gone(child)
 
     run(scenario())
 
@@ -169,14 +161,14 @@ def test_memory_of_children_counts(tmp_path: Path, run: Run) -> None:
     run(scenario())
 
 
-@pytest.mark.parametrize("program", ["/no/such/program", "/etc", "/etc/hostname"])
+@pytest.mark.parametrize("program", ["/no/such/program", "/etc"])
 def test_program_that_cannot_be_executed_is_told_and_leaves_no_descriptor(
     tmp_path: Path, run: Run, program: str
 ) -> None:
     async def scenario() -> None:
         before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 (what is listed is gone at once)
         for _ in range(3):
-            with pytest.raises(OSError, match=r"No such file|denied|Exec format"):
+            with pytest.raises(OSError, match=r"No such file|denied"):
                 await ReplicaProcess.start(
                     [program], environment={}, mark=mark_of(str(tmp_path)), on_output=lambda *_: None
                 )
