@@ -4,7 +4,7 @@ The layers from the outside in: Correlation, Problems, Guard, the lifespan, oper
 `send`, so a token that leaves passes through nothing.
 """
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from typing import Any
@@ -14,14 +14,14 @@ from connexion.middleware.lifespan import LifespanMiddleware
 from connexion.resolver import Resolver
 from starlette.types import ASGIApp
 
-from llorch.api.auth import KeyRecord, Keys
+from llorch.api.auth import Keys
 from llorch.api.compiled import CompiledOperations, Handler
 from llorch.api.context import Context
 from llorch.api.correlation import Correlation
 from llorch.api.exchange import Observe
 from llorch.api.guard import Guard
 from llorch.api.handlers import Handlers
-from llorch.api.ports import Pools, Sessions, Tasks
+from llorch.api.ports import Changes, Configurations, Nodes, Pools, Sessions, Tasks
 from llorch.api.problems import Problems
 from llorch.service.limits import Limits
 from llorch_contract.operations import Operations
@@ -36,14 +36,17 @@ def build_api(
     tasks: Tasks,
     sessions: Sessions,
     pools: Pools,
+    changes: Changes,
+    configurations: Configurations,
+    nodes: Nodes,
     limits: Limits,
     metrics_text: Callable[[], bytes],
-    keys: Sequence[KeyRecord] = (),
+    keys: Keys,
     lifespan: Lifespan | None = None,
     is_shutting_down: Callable[[], bool] = lambda: False,
     observe: Observe | None = None,
 ) -> ASGIApp:
-    """The application that serves the contract. Without `keys` it is for loopback only.
+    """The application that serves the contract. While there are no keys it is for loopback only.
 
     `lifespan` is entered when the server starts and left when it has stopped; it gets the application. `observe` is
     told of every answer.
@@ -52,11 +55,14 @@ def build_api(
         tasks=tasks,
         sessions=sessions,
         pools=pools,
+        changes=changes,
+        configurations=configurations,
+        nodes=nodes,
         limits=limits,
         metrics_text=metrics_text,
         is_shutting_down=is_shutting_down,
     )
-    return serve_operations(handlers, limits=limits, keys=Keys(keys), lifespan=lifespan, observe=observe)
+    return serve_operations(handlers, limits=limits, keys=keys, lifespan=lifespan, observe=observe)
 
 
 def serve_operations(

@@ -53,7 +53,9 @@ class CompiledOperation:
         arguments = self._parameters.read(path, exchange.scope["query_string"], exchange.headers)
         if self._body is not None:
             arguments["body"] = await self._body.read(exchange.headers, exchange.receive)
-        reply = await self._handler(ctx=Context(identity, exchange.correlation_id), **arguments)
+        client = exchange.scope.get("client")
+        context = Context(identity, exchange.correlation_id, client[0] if client else "")
+        reply = await self._handler(ctx=context, **arguments)
         await self._send(exchange, reply)
 
     def _admit(self, exchange: Exchange) -> Identity:

@@ -7,10 +7,11 @@ from llorch.api.auth import Identity
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """Who asks, and the correlation id under which it is logged."""
+    """Who asks, under which correlation id it is logged, and from which address (empty where there is none)."""
 
     identity: Identity
     correlation_id: str
+    peer: str = ""
 
     @property
     def tenant(self) -> str:

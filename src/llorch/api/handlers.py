@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Literal
 
 from llorch.api import inventory, mapping
-from llorch.api.auth import check_priority
+from llorch.api import nodes as wire
+from llorch.api.auth import check_node, check_priority
 from llorch.api.context import Context
-from llorch.api.ports import Pools, Sessions, Tasks
+from llorch.api.ports import Changes, Configurations, Nodes, Pools, Sessions, Tasks
 from llorch.api.sse import Following
 from llorch.errors import PoolUnavailable, PoolUnready
 from llorch.service.limits import Limits
@@ -27,6 +28,9 @@ class Handlers(Operations[Context]):
         tasks: Tasks,
         sessions: Sessions,
         pools: Pools,
+        changes: Changes,
+        configurations: Configurations,
+        nodes: Nodes,
         limits: Limits,
         metrics_text: Callable[[], bytes],
         is_shutting_down: Callable[[], bool],
@@ -34,6 +38,9 @@ class Handlers(Operations[Context]):
         self._tasks = tasks
         self._sessions = sessions
         self._pools = pools
+        self._changes = changes
+        self._configurations = configurations
+        self._nodes = nodes
         self._limits = limits
         self._metrics_text = metrics_text
         self._is_shutting_down = is_shutting_down
@@ -86,6 +93,58 @@ class Handlers(Operations[Context]):
     async def list_replica_sets(self, *, ctx: Context) -> Reply[Literal[200], models.ReplicaSetList]:  # noqa: ARG002
         sets = [inventory.to_replica_set(view) for view in self._pools.replica_sets()]
         return Reply(200, models.ReplicaSetList(replica_sets=sets))
+
+    async def drain_pool(
+        self,
+        *,
+        ctx: Context,  # noqa: ARG002
+        pool_id: str,
+        body: models.DrainRequest | None,
+    ) -> Reply[Literal[202], models.PoolChange]:
+        change = self._changes.drain(pool_id, inventory.deadline_s(body))
+        return Reply(202, inventory.to_pool_change(change))
+
+    async def reload_pool(
+        self,
+        *,
+        ctx: Context,  # noqa: ARG002
+        pool_id: str,
+        body: models.ReloadRequest | None,
+    ) -> Reply[Literal[202], models.PoolChange]:
+        change = self._changes.reload(pool_id, inventory.deadline_s(body))
+        return Reply(202, inventory.to_pool_change(change))
+
+    async def get_config(self, *, ctx: Context) -> Reply[Literal[200], models.ConfigStatus]:  # noqa: ARG002
+        return Reply(200, inventory.to_config_status(self._configurations.status()))
+
+    async def reload_config(self, *, ctx: Context) -> Reply[Literal[202], models.ConfigStatus]:  # noqa: ARG002
+        return Reply(202, inventory.to_config_status(await self._configurations.reload()))
+
+    async def revert_config(self, *, ctx: Context) -> Reply[Literal[202], models.ConfigStatus]:  # noqa: ARG002
+        return Reply(202, inventory.to_config_status(await self._configurations.revert()))
+
+    async def list_nodes(self, *, ctx: Context) -> Reply[Literal[200], models.NodeList]:  # noqa: ARG002
+        return Reply(200, models.NodeList(nodes=[wire.to_node(view) for view in self._nodes.list()]))
+
+    async def register_node(
+        self, *, ctx: Context, node_id: str, body: models.NodeRegistration
+    ) -> Reply[Literal[200], models.NodeOrders]:
+        check_node(ctx.identity, node_id)
+        return Reply(200, wire.to_orders(self._nodes.register(wire.to_registration(node_id, body), ctx.peer)))
+
+    async def renew_node(
+        self, *, ctx: Context, node_id: str, body: models.NodeHeartbeat
+    ) -> Reply[Literal[200], models.NodeOrders]:
+        check_node(ctx.identity, node_id)
+        orders = self._nodes.renew(
+            node_id, body.lease_id, host=wire.to_host(body.host), reports=wire.to_reports(body.replicas), peer=ctx.peer
+        )
+        return Reply(200, wire.to_orders(orders))
+
+    async def leave_node(self, *, ctx: Context, node_id: str, lease_id: str) -> NoContent:
+        check_node(ctx.identity, node_id)
+        self._nodes.leave(node_id, lease_id)
+        return NoContent()
 
     async def get_capabilities(self, *, ctx: Context) -> Reply[Literal[200], models.Capabilities]:  # noqa: ARG002
         return Reply(200, inventory.to_capabilities(self._pools.routes, self._pools.list(), self._limits))

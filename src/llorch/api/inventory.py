@@ -4,10 +4,19 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 
-from llorch.api.mapping import timestamp
+from llorch.api.mapping import optional_timestamp, timestamp
 from llorch.domain.pool import ReplicaState
 from llorch.domain.task import Priority
-from llorch.service.inventory import LastError, PoolView, ReplicaHealth, ReplicaSetView
+from llorch.service.inventory import (
+    ConfigStatus,
+    LastError,
+    PoolChange,
+    PoolView,
+    ReplicaHealth,
+    ReplicaSetView,
+    SloSnapshot,
+)
+from llorch.service.launching import LaunchReport
 from llorch.service.limits import Limits
 from llorch.service.routes import Route
 from llorch_contract import models
@@ -37,6 +46,7 @@ def to_pool_health(view: PoolView) -> models.PoolHealth:
         live=any(not replica.state.is_gone for replica in view.replicas),
         ready=any(replica.state is ReplicaState.READY for replica in view.replicas),
         draining=view.is_draining,
+        change=None if view.change is None else to_pool_change(view.change),
         last_error=_last_error(newest),
         notice=view.notice,
         replicas=[_replica(replica, allow_cpu=view.allow_cpu) for replica in view.replicas],
@@ -61,7 +71,70 @@ def to_replica_set(view: ReplicaSetView) -> models.ReplicaSet:
             slots_busy=sum(replica.slots_busy for replica in view.replicas),
             queued=view.queued,
         ),
+        slo=[_slo(snapshot) for snapshot in view.slo],
     )
+
+
+def _slo(snapshot: SloSnapshot) -> models.SloSnapshot:
+    return models.SloSnapshot(
+        priority=models.Priority(snapshot.priority.value),
+        tasks=snapshot.tasks,
+        first_token_p95_ms=_ms(snapshot.first_token_p95_s),
+        total_p95_ms=_ms(snapshot.total_p95_s),
+        error_ratio=snapshot.error_ratio,
+        window_ms=round(snapshot.window_s * 1000),
+    )
+
+
+def deadline_s(body: models.DrainRequest | models.ReloadRequest | None) -> float | None:
+    """How long running tasks may go on; None leaves it to the pool."""
+    milliseconds = None if body is None else body.deadline_ms
+    return milliseconds / 1000 if isinstance(milliseconds, int) else None
+
+
+def to_pool_change(change: PoolChange) -> models.PoolChange:
+    """A drain or reload, as far as it is."""
+    return models.PoolChange(
+        kind=models.ChangeKind(change.kind),
+        state=models.ChangeState(change.state),
+        started_at=timestamp(change.started_at),
+        deadline_at=optional_timestamp(change.deadline_at),
+        ended_at=optional_timestamp(change.ended_at),
+        replicas_total=change.replicas_total,
+        replicas_done=change.replicas_done,
+        running=change.running,
+        queued=change.queued,
+        moved=change.moved,
+        ready_ms=_ms(change.ready_s),
+        message=_bounded(change.message),
+    )
+
+
+def to_config_status(status: ConfigStatus) -> models.ConfigStatus:
+    """The configuration in force."""
+    change = status.change
+    return models.ConfigStatus(
+        revision=status.revision,
+        loaded_at=timestamp(status.loaded_at),
+        can_revert=status.can_revert,
+        change=None
+        if change is None
+        else models.ConfigChange(
+            state=models.ChangeState(change.state),
+            started_at=timestamp(change.started_at),
+            ended_at=optional_timestamp(change.ended_at),
+            changed=[path[:1024] for path in change.changed[:4096]],
+            message=_bounded(change.message),
+        ),
+    )
+
+
+def _ms(seconds: float | None) -> int | None:
+    return None if seconds is None else max(0, round(seconds * 1000))
+
+
+def _bounded(message: str | None) -> str | None:
+    return None if message is None else message[:4096]
 
 
 def to_capabilities(routes: Iterable[Route], pools: Sequence[PoolView], limits: Limits) -> models.Capabilities:
@@ -112,7 +185,8 @@ def _queue(view: PoolView, priority: Priority) -> models.QueueStatus:
 
 def _counts(replicas: Sequence[ReplicaHealth]) -> models.ReplicaCounts:
     by_state = Counter(replica.state.value for replica in replicas)
-    return models.ReplicaCounts(total=len(replicas), **{state.value: by_state[state.value] for state in ReplicaState})
+    counts = {state.value.replace("-", "_"): by_state[state.value] for state in ReplicaState}
+    return models.ReplicaCounts(total=len(replicas), **counts)
 
 
 def _replica(replica: ReplicaHealth, *, allow_cpu: bool) -> models.ReplicaHealth:
@@ -127,7 +201,24 @@ def _replica(replica: ReplicaHealth, *, allow_cpu: bool) -> models.ReplicaHealth
         model_digest_source=models.FactSource(replica.model_digest.source),
         determinism=_class_of(is_exact=replica.is_exact),
         allow_cpu=allow_cpu,
+        devices=list(replica.devices),
+        kv_cache_usage_ratio=replica.kv_usage,
+        node=replica.node,
+        process=None if replica.process is None else _process(replica.process),
         last_error=_last_error(replica.last_error),
+    )
+
+
+def _process(report: LaunchReport) -> models.ReplicaProcess:
+    return models.ReplicaProcess(
+        phase=models.ProcessPhase(report.phase.value),
+        pid=report.pid,
+        incarnation=report.incarnation,
+        restarts=sum(report.restarts.values()),
+        breaker=models.Breaker(report.breaker.value),
+        cause=None if report.cause is None else models.FailureCause(report.cause.value),
+        next_start_ms=_ms(report.next_start_s),
+        load_ms=_ms(report.load_s),
     )
 
 

@@ -5,6 +5,8 @@ from typing import Protocol
 
 from llorch.domain.task import TaskState
 from llorch.service.inventory import ConfigStatus, PoolChange, PoolView, ReplicaSetView
+from llorch.service.launching import HostFacts, LaunchReport
+from llorch.service.nodes import NodeView, Orders, Registration
 from llorch.service.routes import Routes
 from llorch.service.streams import Reader
 from llorch.service.submission import Acceptance, SessionView, Submission, TaskView
@@ -72,12 +74,16 @@ class Pools(Protocol):
         """Replicas that take tasks now."""
         ...
 
+
+class Changes(Protocol):
+    """Drains and reloads of pools."""
+
     def drain(self, pool_id: str, deadline_s: float | None) -> PoolChange:
         """Begin to drain; raises NotFound, and Conflict while another change of the pool is under way."""
         ...
 
     def reload(self, pool_id: str, deadline_s: float | None) -> PoolChange:
-        """Begin to replace the engines; raises NotFound, and Conflict while another change of the pool is under way."""
+        """Begin to replace the engines; raises as drain does."""
         ...
 
 
@@ -91,11 +97,33 @@ class Configurations(Protocol):
     async def reload(self) -> ConfigStatus:
         """Begin to apply the file as it is now.
 
-        Raises InvalidParams for a file that cannot be used, or that changes what needs a restart; Conflict while a change
-        is under way.
+        Raises InvalidParams for a file that cannot be used, or that changes what needs a restart; Conflict while a
+        change is under way.
         """
         ...
 
     async def revert(self) -> ConfigStatus:
         """Begin to go back to the previous configuration. Raises as reload does; InvalidParams when there is none."""
+        ...
+
+
+class Nodes(Protocol):
+    """Hosts with pool managers; whoever calls has checked that the caller is the node that it says."""
+
+    def register(self, registration: Registration, peer: str) -> Orders:
+        """Let a manager join; raises NotFound, Forbidden, InvalidParams for another version, Conflict."""
+        ...
+
+    def renew(
+        self, node_id: str, lease_id: str, *, host: HostFacts, reports: Sequence[LaunchReport], peer: str
+    ) -> Orders:
+        """Prolong a lease; raises Conflict when it is over, and as register does."""
+        ...
+
+    def leave(self, node_id: str, lease_id: str) -> None:
+        """Give the node back; raises as renew does."""
+        ...
+
+    def list(self) -> Sequence[NodeView]:
+        """Every node."""
         ...

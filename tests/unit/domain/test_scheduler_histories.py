@@ -139,11 +139,12 @@ class Histories(RuleBasedStateMachine):
 
     @rule(queue=POLICIES, hard=st.booleans())
     def configure_anew(self, queue: QueuePolicy, hard: bool) -> None:
-        before = {key: (task.state, task.attempt) for key, task in self.model.live.items()}
+        self.post(ev.Tick())  # what is due ends by that, and not by the change
+        before = set(self.model.live)
         policy = replace(self.model.policy, queue=queue, preemption=PreemptionPolicy(hard), bindings=3 if hard else 10)
         commands = self.post(ev.ConfigChanged(policy))
         assert all(isinstance(command, ev.Start | ev.Abort) for command in commands), commands
-        assert self.model.live.keys() == before.keys()
+        assert self.model.live.keys() == before
 
     @rule(wishes=st.lists(WISHES, min_size=1, max_size=6))
     def submit(self, wishes: list[int]) -> None:
@@ -161,6 +162,7 @@ class Histories(RuleBasedStateMachine):
             return
         budgets = BUDGETS[len(session) + int(session[1:]) - 2 & 3]
         spec = TaskSpec(key=key, session=(key[0], session), max_tokens=8, expected_tokens=8, budgets=budgets, **wishes)
+        self.post(ev.Tick())  # what is due ends by that, and not by the submission
         before = self._footprint(spec)
         commands = self.post(ev.TaskSubmitted(spec))
         if any(isinstance(command, ev.Reject) for command in commands):

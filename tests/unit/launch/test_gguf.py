@@ -277,9 +277,7 @@ def test_flipped_byte_in_a_real_header_is_survived_quickly_in_little_memory(path
 def expect_header_or_launch_error(path: Path, content: bytes) -> None:
     try:
         header = read(path, content)
-    except LaunchError as exc:
-        message = exc.message
-    else:
-        message = f"{path}: {kv_bytes_per_token(header)} bytes a token"
-    assert message.startswith(str(path))
-    assert "-" not in message.removeprefix(str(path)), "nothing is negative"
+    except LaunchError:
+        return
+    assert kv_bytes_per_token(header) >= 0
+    assert header.architecture

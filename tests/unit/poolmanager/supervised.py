@@ -100,13 +100,17 @@ class Watched:
     ) -> LaunchReport:
         """The newest report once it is in this phase, or as wanted, and not one of the first `after`."""
         is_wanted = (lambda report: report.phase is wanted) if isinstance(wanted, Phase) else wanted
-        async with asyncio.timeout(SOON_S):
-            while True:
-                told = self.of(replica_id)
-                if len(told) > after and is_wanted(told[-1]):
-                    return told[-1]
-                self._news.clear()
-                await self._news.wait()
+        try:
+            async with asyncio.timeout(SOON_S):
+                while True:
+                    told = self.of(replica_id)
+                    if len(told) > after and is_wanted(told[-1]):
+                        return told[-1]
+                    self._news.clear()
+                    await self._news.wait()
+        except TimeoutError:
+            story = "\n".join(f"{each.phase.value} {each.incarnation} {each.error}" for each in self.of(replica_id))
+            raise AssertionError(f"not within {SOON_S:g} s; what became of {replica_id}:\n{story}") from None
 
     def events(self, name: str) -> list[Mapping[str, Any]]:
         return [entry for entry in self.capture.entries if entry["event"] == name]
