@@ -11,7 +11,8 @@ import signal
 import ssl
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
@@ -24,18 +25,20 @@ from llorch.adapters.llamacpp import LlamaCppEngine
 from llorch.api.asgi import build_api
 from llorch.api.auth import Keys
 from llorch.api.server import Address, Server
+from llorch.client import NodeClient
 from llorch.config_diff import difference
 from llorch.deployment import deployment_of
 from llorch.domain.events import ShutdownRequested
 from llorch.domain.ledger import Ledger
 from llorch.domain.scheduler import Scheduler
 from llorch.domain.task import Cohort, Priority, TaskKey
-from llorch.errors import ConfigError, InvalidParams, LlorchError
+from llorch.errors import ConfigError, InvalidParams, LaunchError, LlorchError
 from llorch.gauges import LOCAL_NODE, host_gauges, route_gauges
 from llorch.launch.gguf import trained_context
 from llorch.launch.llamacpp import installed_version
 from llorch.launch.model_file import DEMO_MODEL_NAME, DEMO_MODEL_SHA256, find_demo_model
 from llorch.live import EngineReporter, Live
+from llorch.poolmanager.agent import Agent, NodeIdentity
 from llorch.poolmanager.devices import NvmlDevices
 from llorch.poolmanager.supervisor import Supervisor
 from llorch.service.changes import Changes
@@ -270,6 +273,65 @@ class Service:
         yield Sample("open_streams", (), len(self.readers))
         yield from route_gauges(self.pools, self.dispatcher.schedulers)
         yield from host_gauges(local, nodes)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeOptions:
+    """How a host joins. `address` is where the server reaches its engines, `listen` where they are offered; the files are
+    in PEM, `cert_file` and `key_file` both or neither.
+    """
+
+    url: str
+    token: str
+    node_id: str
+    address: str
+    listen: str
+    ca_file: str | None = None
+    cert_file: str | None = None
+    key_file: str | None = None
+    log_format: str = "json"
+
+
+def run_pool_manager(options: NodeOptions) -> None:
+    """Keep the engines of this host alive for a server, until SIGTERM or SIGINT.
+
+    Raises LaunchError when the server refuses this node for good, or a certificate cannot be used.
+    """
+    log = set_up_logging("info", options.log_format, secrets=[options.token])
+    uvloop.run(_run_agent(options, log))
+
+
+async def _run_agent(options: NodeOptions, log: FilteringBoundLogger) -> None:
+    identity = NodeIdentity(options.node_id, str(uuid4()), __version__, options.address, options.listen)
+    home = NodeClient(options.url, options.token, ca_file=options.ca_file)
+    agent = Agent(
+        identity,
+        home=home,
+        supervise=lambda report: Supervisor(
+            owner=f"node:{options.node_id}", devices=NvmlDevices(), report=report, log=log
+        ),
+        log=log,
+        tls=_server_tls(options),
+    )
+    run = asyncio.create_task(agent.run())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, run.cancel)
+    try:
+        with suppress(asyncio.CancelledError):
+            await run
+    finally:
+        await home.aclose()
+
+
+def _server_tls(options: NodeOptions) -> ssl.SSLContext | None:
+    if options.cert_file is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(options.cert_file, options.key_file)
+    except OSError as error:
+        raise LaunchError(f"{options.cert_file}, {options.key_file}: cannot be used: {error}") from error
+    return context
 
 
 def serve(path: Path | None) -> None:

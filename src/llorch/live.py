@@ -10,7 +10,7 @@ from structlog.typing import FilteringBoundLogger
 
 from llorch import config
 from llorch.api.auth import Keys
-from llorch.domain.events import ConfigChanged
+from llorch.domain.events import ConfigChanged, LimitLifted
 from llorch.domain.ledger import Ledger
 from llorch.domain.policy import RoutePolicy
 from llorch.domain.scheduler import Scheduler
@@ -79,6 +79,8 @@ class Live:
         self._keys.replace(key_records(settings), node_configs(settings))
         self._pools.routes = Routes(deployment.routes.values())
         self._ledger.reconfigure(quotas(settings), default_quota(settings), session_limits(settings))
+        for tenant in self._ledger.take_lifted():
+            self._dispatcher.post_to_all(LimitLifted(tenant))
         for route_id, policy in deployment.policies.items():
             if self._dispatcher.schedulers[route_id].policy != policy:
                 self._dispatcher.post(route_id, ConfigChanged(policy))

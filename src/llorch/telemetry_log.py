@@ -24,7 +24,8 @@ FIELDS = frozenset(
     ts level event correlation_id tenant task_id session_id priority state code policy route engine engine_version model
     model_digest pool_id replica_id attempt attempts slots exact allow_cpu was took_ms waited_ms first_token_ms
     tokens_in tokens_out grace_s key_id operation method status host port url path pid version signal setting notice
-    count logger source where exception stack
+    count logger source where exception stack incarnation stream line load_s cause error restarts next_start_s pids node
+    lease_s retry_s reason kind replicas running queued moved ready_s outcome changed dropped
     """.split()  # noqa: SIM905 (a list of fifty words reads better so)
 )
 """The fields that a line may have. Another one is shown as withheld: what it holds is not known to be harmless."""

@@ -16,12 +16,13 @@ _JSON = b"application/json"
 class JsonBody:
     """The body of one operation. `limit` in bytes."""
 
-    def __init__(self, model: type[BaseModel], limit: int) -> None:
+    def __init__(self, model: type[BaseModel], limit: int, *, is_required: bool = True) -> None:
         self._validate = TypeAdapter(model).validate_json
         self._limit = limit
+        self._is_required = is_required
 
     async def read(self, headers: Mapping[bytes, bytes], receive: Receive) -> Any:
-        """The validated model. Raises UnsupportedMediaType, PayloadTooLarge, SchemaFault."""
+        """The validated model; None for no body where none is needed. Raises UnsupportedMediaType, PayloadTooLarge, SchemaFault."""
         length = headers.get(b"content-length")
         if length is not None and int(length) > self._limit:
             raise self._too_large()
@@ -30,6 +31,8 @@ class JsonBody:
             raise UnsupportedMediaType(details={"choices": ["application/json"]})
         raw = await self._receive(receive)
         if not raw:
+            if not self._is_required:
+                return None
             raise SchemaFault("a body is required", details={"path": "", "reason": "is required"})
         if content_type is None or headers.get(b"content-encoding", b"identity") != b"identity":
             raise UnsupportedMediaType(details={"choices": ["application/json"]})

@@ -41,7 +41,9 @@ class CompiledOperation:
         self._keys = keys
         self._scope = route.scope
         self._parameters = Parameters(route.parameters)
-        self._body = JsonBody(route.body, body_bytes) if route.body is not None else None
+        self._body = None
+        if route.body is not None:
+            self._body = JsonBody(route.body, body_bytes, is_required=route.body_required)
         self._success = route.success[0]
         self._no_content = route.success[-1]
         self._media_type = _media_type(route)

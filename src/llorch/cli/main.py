@@ -6,7 +6,9 @@ from typing import Any, NoReturn
 
 import click
 
+from llorch.cli.changes import drain, reload
 from llorch.cli.exits import EPILOG, Complaint, Exit, complaint
+from llorch.cli.nodes import nodes, pool_manager
 from llorch.cli.operate import check_config, engine, keys, serve
 from llorch.cli.pools import pools
 from llorch.cli.simulate import simulate
@@ -49,7 +51,9 @@ def cli() -> None:
     """
 
 
-for _command in (serve, check_config, keys, engine, submit, cancel, status, pools, simulate):
+for _command in (
+    serve, check_config, keys, engine, submit, cancel, status, pools, drain, reload, nodes, pool_manager, simulate,
+):  # fmt: skip
     cli.add_command(_command)
 
 

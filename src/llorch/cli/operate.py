@@ -49,7 +49,8 @@ def keys() -> None:
     """API keys."""
 
 
-def _check_name(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
+def check_name(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
+    """Raise BadParameter for what the configuration would not take as a name."""
     if value is not None and not _NAME.fullmatch(value):
         raise click.BadParameter(
             "1 to 64 letters, digits, dots, hyphens and underscores, beginning with a letter or digit"
@@ -58,7 +59,7 @@ def _check_name(_ctx: click.Context, _parameter: click.Parameter, value: str | N
 
 
 @keys.command("new")
-@click.option("--tenant", required=True, callback=_check_name, help="Whom the key belongs to.")
+@click.option("--tenant", required=True, callback=check_name, help="Whom the key belongs to.")
 @click.option(
     "--scope", "scopes", multiple=True, type=click.Choice(["data", "control", "admin"]), default=("data",),
     show_default=True, help="What the key may do; may be repeated.",
@@ -67,7 +68,7 @@ def _check_name(_ctx: click.Context, _parameter: click.Parameter, value: str | N
     "--priority", "priorities", multiple=True, type=click.Choice([level.value for level in Priority]),
     default=tuple(level.value for level in Priority), show_default=True, help="Priorities its tasks may use.",
 )  # fmt: skip
-@click.option("--id", "key_id", callback=_check_name, help="Name of the key in logs; made up when absent.")
+@click.option("--id", "key_id", callback=check_name, help="Name of the key in logs; made up when absent.")
 def keys_new(tenant: str, scopes: Sequence[str], priorities: Sequence[str], key_id: str | None) -> None:
     """Make a key. It is printed this once; the configuration holds its sha256 only."""
     from llorch.api.auth import new_key
@@ -76,14 +77,14 @@ def keys_new(tenant: str, scopes: Sequence[str], priorities: Sequence[str], key_
     click.echo("The key, shown this once, and its entry for the configuration:", err=True)
     click.echo(key)
     click.echo("\nkeys:")
-    click.echo(f"  - id: {_quoted(key_id or f'{tenant[:55]}-{digest[:8]}')}")
-    click.echo(f"    sha256: {_quoted(digest)}")
-    click.echo(f"    tenant: {_quoted(tenant)}")
+    click.echo(f"  - id: {quoted(key_id or f'{tenant[:55]}-{digest[:8]}')}")
+    click.echo(f"    sha256: {quoted(digest)}")
+    click.echo(f"    tenant: {quoted(tenant)}")
     click.echo(f"    scopes: [{', '.join(dict.fromkeys(scopes))}]")
     click.echo(f"    priorities: [{', '.join(dict.fromkeys(priorities))}]")
 
 
-def _quoted(name: str) -> str:
+def quoted(name: str) -> str:
     """As a YAML string even where it looks like a number; the characters of names need no escapes."""
     return f"'{name}'"
 

@@ -17,6 +17,9 @@ from llorch.client.stream import Follower
 from llorch.client.transport import Notify, Timeouts, Transport
 from llorch_contract.models import (
     Capabilities,
+    ConfigStatus,
+    NodeList,
+    PoolChange,
     PoolHealth,
     PoolList,
     ReplicaSetList,
@@ -166,6 +169,39 @@ class AsyncClient:
         return read(
             PoolHealth, (await self._transport.call("GET", f"/v1/pools/{quote(pool_id, safe='')}/health")).content
         )
+
+    async def drain_pool(self, pool_id: str, deadline_ms: int | None = None) -> PoolChange:
+        """Begin to drain a pool; running tasks have `deadline_ms`, by default what the pool says. Never sent twice."""
+        return await self._change_pool(pool_id, "drain", deadline_ms)
+
+    async def reload_pool(self, pool_id: str, deadline_ms: int | None = None) -> PoolChange:
+        """Begin to replace the engines of a pool, in the same way."""
+        return await self._change_pool(pool_id, "reload", deadline_ms)
+
+    async def _change_pool(self, pool_id: str, kind: str, deadline_ms: int | None) -> PoolChange:
+        path = f"/v1/pools/{quote(pool_id, safe='')}/{kind}"
+        body = "{}" if deadline_ms is None else f'{{"deadline_ms": {deadline_ms}}}'
+        return read(PoolChange, (await self._transport.call("POST", path, body=body, is_repeatable=False)).content)
+
+    async def get_config(self) -> ConfigStatus:
+        """Which configuration is in force, and what became of the latest change."""
+        return read(ConfigStatus, (await self._transport.call("GET", "/v1/config")).content)
+
+    async def reload_config(self) -> ConfigStatus:
+        """Begin to apply the configuration file as it is now. Never sent twice."""
+        return await self._change_config("reload")
+
+    async def revert_config(self) -> ConfigStatus:
+        """Begin to go back to the previous configuration. Never sent twice."""
+        return await self._change_config("revert")
+
+    async def _change_config(self, kind: str) -> ConfigStatus:
+        answer = await self._transport.call("POST", f"/v1/config/{kind}", is_repeatable=False)
+        return read(ConfigStatus, answer.content)
+
+    async def list_nodes(self) -> NodeList:
+        """Every configured node."""
+        return read(NodeList, (await self._transport.call("GET", "/v1/nodes")).content)
 
     async def list_replica_sets(self) -> ReplicaSetList:
         """Which replicas agree, and their load."""

@@ -12,6 +12,9 @@ from llorch.client.patience import Draw
 from llorch.client.transport import Notify, Timeouts
 from llorch_contract.models import (
     Capabilities,
+    ConfigStatus,
+    NodeList,
+    PoolChange,
     PoolHealth,
     PoolList,
     ReplicaSetList,
@@ -135,6 +138,24 @@ class Client:
 
     def get_pool_health(self, pool_id: str) -> PoolHealth:
         return self._run(self._client.get_pool_health(pool_id))
+
+    def drain_pool(self, pool_id: str, deadline_ms: int | None = None) -> PoolChange:
+        return self._run(self._client.drain_pool(pool_id, deadline_ms))
+
+    def reload_pool(self, pool_id: str, deadline_ms: int | None = None) -> PoolChange:
+        return self._run(self._client.reload_pool(pool_id, deadline_ms))
+
+    def get_config(self) -> ConfigStatus:
+        return self._run(self._client.get_config())
+
+    def reload_config(self) -> ConfigStatus:
+        return self._run(self._client.reload_config())
+
+    def revert_config(self) -> ConfigStatus:
+        return self._run(self._client.revert_config())
+
+    def list_nodes(self) -> NodeList:
+        return self._run(self._client.list_nodes())
 
     def list_replica_sets(self) -> ReplicaSetList:
         return self._run(self._client.list_replica_sets())

@@ -46,6 +46,7 @@ class Transport:
         patience_s: float,
         draw: Draw,
         notify: Notify | None,
+        ca_file: str | None = None,
     ) -> None:
         url = _server_url(base_url)
         self._server = f"{url.scheme}://{url.netloc.decode()}"  # the address may carry a password, messages must not
@@ -59,7 +60,7 @@ class Transport:
             timeout=httpx.Timeout(timeouts.answer_s, connect=timeouts.connect_s),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=20),
             trust_env=not _is_loopback(url.host),
-            verify=_trust(url),
+            verify=_trust(url, ca_file),
         )
 
     async def aclose(self) -> None:
@@ -194,9 +195,16 @@ def _server_url(base_url: str) -> httpx.URL:
     return url
 
 
-def _trust(url: httpx.URL) -> ssl.SSLContext | bool:
+def _trust(url: httpx.URL, ca_file: str | None) -> ssl.SSLContext | bool:
     """Whom TLS trusts. Where none is spoken that is nobody, which spares reading the list of authorities (50 ms)."""
-    return True if url.scheme == "https" else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    if url.scheme != "https":
+        return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    if ca_file is None:
+        return True
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except OSError as exc:
+        raise InvalidRequest(f"{ca_file} cannot be read as certificates: {exc.strerror or exc}") from exc
 
 
 def _is_loopback(host: str) -> bool:

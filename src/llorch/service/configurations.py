@@ -132,6 +132,11 @@ class Configurations:
             self._live.observe("refused", ConfigChange("failed", began, message=refusal.message))
             raise
         self._check_free()
+        if not candidate.changed:
+            now = self._pools.clock.wall()
+            self._change = ConfigChange("done", began, ended_at=now)
+            self._live.observe("done", self._change)
+            return self.status()
         return self._begin(candidate)
 
     async def revert(self) -> ConfigStatus:
