@@ -277,8 +277,9 @@ class Service:
 
 @dataclass(frozen=True, slots=True)
 class NodeOptions:
-    """How a host joins. `address` is where the server reaches its engines, `listen` where they are offered; the files are
-    in PEM, `cert_file` and `key_file` both or neither.
+    """How a host joins. `address` is where the server reaches its engines, `listen` where they are offered.
+
+    The files are in PEM, `cert_file` and `key_file` both or neither.
     """
 
     url: str

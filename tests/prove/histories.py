@@ -285,7 +285,7 @@ class History:
                 self.seen.starts += 1
                 self.running[attempt.attempt_id] = Running(attempt, task, self.now)
             case ev.Abort(attempt=attempt):
-                self.seen.preemptions += attempt.is_preempted
+                self.seen.preemptions += attempt.broken_off is not None
                 self.running[attempt.attempt_id].is_aborted = True
             case ev.Requeue():
                 self.seen.requeues += 1

@@ -22,7 +22,10 @@ class JsonBody:
         self._is_required = is_required
 
     async def read(self, headers: Mapping[bytes, bytes], receive: Receive) -> Any:
-        """The validated model; None for no body where none is needed. Raises UnsupportedMediaType, PayloadTooLarge, SchemaFault."""
+        """The validated model; None for no body where none is needed.
+
+        Raises UnsupportedMediaType, PayloadTooLarge, SchemaFault.
+        """
         length = headers.get(b"content-length")
         if length is not None and int(length) > self._limit:
             raise self._too_large()

@@ -66,8 +66,8 @@ def reload(
 ) -> None:
     """Replace the engines of POOL one after the other, without losing a task; or reload the configuration.
 
-    A new engine is ready before the old one goes where memory allows. When a new one fails, the old ones serve on. Needs
-    a key with the scope admin.
+    A new engine is ready before the old one goes where memory allows. When a new one fails, the old ones serve on.
+    Needs a key with the scope admin.
     """
     if (pool is None) != (is_config or revert) or (is_config and revert):
         raise click.UsageError("name a POOL, or one of --config and --revert")

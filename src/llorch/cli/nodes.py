@@ -77,10 +77,14 @@ def _gpus(found: list[Node]) -> list[Text]:
 
 @nodes.command("new")
 @click.option("--id", "node_id", required=True, callback=check_name, help="Name of the node.")
-@click.option("--pool", "pools", multiple=True, callback=lambda c, p, v: [check_name(c, p, each) for each in v],
-              help="A pool whose replicas it may run; may be repeated. Without, those of every pool that names it.")  # fmt: skip
-@click.option("--network", "networks", multiple=True, default=("127.0.0.0/8", "::1/128"), show_default=True,
-              help="Addresses that it may join from and whose engines may be at; may be repeated.")  # fmt: skip
+@click.option(
+    "--pool", "pools", multiple=True, callback=lambda c, p, v: [check_name(c, p, each) for each in v],
+    help="A pool whose replicas it may run; may be repeated. Without, those of every pool that names it.",
+)  # fmt: skip
+@click.option(
+    "--network", "networks", multiple=True, default=("127.0.0.0/8", "::1/128"), show_default=True,
+    help="Addresses that it may join from and whose engines may be at; may be repeated.",
+)  # fmt: skip
 def nodes_new(node_id: str, pools: Sequence[str], networks: Sequence[str]) -> None:
     """Make the token of a node. It is printed this once; the configuration holds its sha256 only."""
     from llorch.api.auth import NODE_PREFIX, new_key
@@ -99,7 +103,9 @@ def nodes_new(node_id: str, pools: Sequence[str], networks: Sequence[str]) -> No
 @click.command("pool-manager")
 @click.option("--join", "url", required=True, metavar="URL", envvar="LLORCH_URL", show_envvar=True, help="The server.")
 @click.option("--node", "node_id", callback=check_name, help="Which node this is; by default the host's name.")
-@click.option("--token", envvar="LLORCH_NODE_TOKEN", show_envvar=True, help="The node's token; better given by the environment or a file.")  # fmt: skip
+@click.option(
+    "--token", envvar="LLORCH_NODE_TOKEN", show_envvar=True, help="Its token; better given by the environment."
+)
 @click.option("--token-file", type=_FILE, help="File with the token.")
 @click.option("--address", help="Where the server reaches the engines of this host; by default what --listen says.")
 @click.option("--listen", default="127.0.0.1", show_default=True, help="Address that the relays to the engines bind.")

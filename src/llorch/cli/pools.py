@@ -23,8 +23,8 @@ def pools(connection: Connection, as_json: bool) -> None:
     if as_json:
         print_json({"pool": pool, "health": health} for pool, health in found)
         return
-    tables = [_pools(found), Text(), _replicas(found)]
-    table_console().print(Group(*tables, *_changes(found), *_errors(found), *_notices(found)))
+    told = [*_changes(found), *_errors(found), *_notices(found)]
+    table_console().print(Group(_pools(found), Text(), _replicas(found), *told))
 
 
 async def _read(connection: Connection) -> list[tuple[Pool, PoolHealth]]:

@@ -5,7 +5,7 @@ charged. Starts nothing, and knows neither clock nor replicas.
 Source: "Fairness in Serving Large Language Models", Sheng et al., OSDI 2024 (virtual token counters), on two levels.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import inf
 
@@ -71,22 +71,34 @@ class FairQueue:
         self._by_deadline = policy.order is Order.EDF
         self._sheds = policy.full_policy[Priority.INTERACTIVE] is FullPolicy.SHED_LOW_PRIORITY
 
-    def reconfigure(self, policy: QueuePolicy) -> None:
+    def reconfigure(self, policy: QueuePolicy, running: Iterable[Task] = ()) -> None:
         """Hold by another policy from now on. Costs O(n log n) in the number that waits.
 
-        Everything that waits goes on waiting, in order and beyond a smaller capacity, too. All counters begin anew:
-        what was charged by other weights and costs cannot be compared with what will be. Corrections of runs that
-        started before are made at the new costs.
+        Everything that waits goes on waiting, in order and beyond a smaller capacity, too; a queue that is then
+        overfull is a full one. All counters begin anew, as what was charged by other weights and costs cannot be
+        compared with what will be: a flow has been charged what its `running` tasks, those started and not settled,
+        would have paid in advance for what is still to come of them. Refunds of that, too, are made at the new costs.
         """
         waiting = list(self)
-        running = [(level.priority, f.tenant, f.running) for level in self._ranks for f in level.flows.values()]
         self._begin(policy)
-        for priority, tenant, count in running:
-            if count:
-                level = self._levels[priority]
-                level.add_flow(tenant, self._weight(tenant), keep_arrivals=self._by_deadline).running = count
+        for task in running:
+            self._charge_anew(task)
+        levels = self._levels  # the least served first, as who begins to wait is lifted to the least served that waits
+        waiting.sort(key=lambda task: (levels[task.priority].counter, self.counter(task.priority, task.key[0])))
         for task in waiting:
             self.push(task)
+
+    def _charge_anew(self, task: Task) -> None:
+        level = self._levels[task.priority]
+        flow = level.flows.get(task.key[0])
+        if flow is None:
+            flow = level.add_flow(task.key[0], self._weight(task.key[0]), keep_arrivals=self._by_deadline)
+        flow.running += 1
+        cost = self.policy.output_cost * (task.charged_tokens - task.tokens_out)
+        if task.has_paid_prompt and task.first_token_at is None:
+            cost += self.policy.prompt_cost * task.prompt_tokens
+        flow.counter += cost / flow.weight
+        level.counter += cost / level.weight
 
     def __len__(self) -> int:
         return self._length

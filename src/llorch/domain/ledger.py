@@ -97,31 +97,17 @@ class Ledger:
     def reconfigure(self, quotas: Mapping[str, Quota], default: Quota, session_limits: SessionLimits) -> None:
         """Have these quotas and limits from now on.
 
-        What is reserved stays reserved with the accounts that it was taken from, and is settled there; a tenant whose
-        quota did not change keeps its accounts. Whose tasks were kept from starting is told by take_lifted().
+        What is reserved stays reserved and counts against a changed limit; it is settled with the account that it was
+        taken from. Whose tasks were kept from starting is told by take_lifted(). Sessions in use live by the new
+        limits, too.
         """
-        before = self._quotas, self._default
         self._quotas, self._default = dict(quotas), default
         self._idle = {tenant: _limited(quota) for tenant, quota in self._quotas.items()}
         self._default_idle = _limited(default)
-        self.sessions.limits = session_limits
-        for tenant, accounts in list(self._tenants.items()):
-            old, new = before[0].get(tenant, before[1]), self._quotas.get(tenant, default)
-            if old != new:
-                self._replace(tenant, accounts, new)
-
-    def _replace(self, tenant: str, accounts: TenantAccounts, quota: Quota) -> None:
-        if accounts.is_wanted:
-            accounts.is_wanted = False
-            self._lifted[tenant] = None
-        del self._tenants[tenant]
-        fresh = TenantAccounts(quota)
-        if fresh.is_limited:
-            self._tenants[tenant] = fresh
-            fresh.is_resting = accounts.is_resting
-            if not fresh.is_resting:
-                self._rest(tenant, fresh, -inf)
-        accounts.is_resting = True  # for good: it is looked for no more
+        self.sessions.limit(session_limits)
+        for tenant, accounts in self._tenants.items():
+            accounts.limit(self._quotas.get(tenant, default))
+            self._lift(tenant, accounts)
 
     # Admission
 
@@ -268,9 +254,7 @@ class Ledger:
     def _forget_idle(self, now: float) -> None:
         while self._resting and self._resting[0][0] <= now:
             _, tenant = heappop(self._resting)
-            accounts = self._tenants.get(tenant)
-            if accounts is None:
-                continue  # it has no limits any more
+            accounts = self._tenants[tenant]
             accounts.is_resting = False
             if accounts.leases:
                 continue
@@ -308,11 +292,14 @@ class Ledger:
         accounts, tenant = lease.tenant, lease.owner[0]
         if accounts is None:
             return
+        self._lift(tenant, accounts)
+        if not accounts.leases and not accounts.is_resting:
+            self._rest(tenant, accounts, -inf)
+
+    def _lift(self, tenant: str, accounts: TenantAccounts) -> None:
         if accounts.is_wanted:
             accounts.is_wanted = False
             self._lifted[tenant] = None
-        if not accounts.leases and not accounts.is_resting:
-            self._rest(tenant, accounts, -inf)
 
     def _open_leases(self) -> Iterator[Lease]:
         yield from self._tasks.values()

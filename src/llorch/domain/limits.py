@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from math import ceil, inf, isclose
 
-from llorch.domain.policy import Quota
+from llorch.domain.policy import Quota, Rate
 from llorch.domain.task import Budgets, Fault, Priority, SessionKey, TaskKey
 from llorch.errors import BudgetExhausted, BudgetTooSmall, QuotaExceeded
 
@@ -199,16 +199,32 @@ class TenantAccounts:
         self.leases = 0
         self.is_resting = False
         self.is_wanted = False
-        self.queued = None if quota.max_queued is None else Gauge("max-queued", quota.max_queued)
-        self.running = None if quota.max_concurrent is None else Gauge("max-concurrent", quota.max_concurrent)
-        self.kv = None if quota.kv_tokens is None else Gauge("kv-tokens", quota.kv_tokens)
-        self.rates = {
-            priority: Bucket("rate", Measure.PLACES, rate.per_s, rate.burst) for priority, rate in quota.rate.items()
-        }
+        self.queued: Gauge | None = None
+        self.running: Gauge | None = None
+        self.kv: Gauge | None = None
+        self.rates: dict[Priority, Bucket] = {}
         self.tokens: Bucket | None = None
-        if quota.tokens_per_minute is not None:
-            per_minute = quota.tokens_per_minute
-            self.tokens = Bucket("tokens-per-minute", Measure.TOKENS, per_minute / 60, per_minute)
+        self.limit(quota)
+
+    def limit(self, quota: Quota) -> None:
+        """Have this quota from now on; the same one changes nothing.
+
+        What is held counts against a limit that is other than it was; against one that is new, only what comes. A
+        bucket of another rate begins full. Leases settle with the accounts that they took from.
+        """
+        self.queued = _gauge(self.queued, "max-queued", quota.max_queued)
+        self.running = _gauge(self.running, "max-concurrent", quota.max_concurrent)
+        self.kv = _gauge(self.kv, "kv-tokens", quota.kv_tokens)
+        self.rates = {
+            priority: _bucket(self.rates.get(priority), "rate", Measure.PLACES, rate)
+            for priority, rate in quota.rate.items()
+        }
+        per_minute = quota.tokens_per_minute
+        self.tokens = (
+            None
+            if per_minute is None
+            else _bucket(self.tokens, "tokens-per-minute", Measure.TOKENS, Rate(per_minute / 60, per_minute))
+        )
 
     @property
     def is_limited(self) -> bool:
@@ -376,6 +392,19 @@ class Lease:
         """Owner, label of the account, and amount of everything held."""
         for account, amount in self.holds.items():
             yield self.owner, account.label, amount
+
+
+def _gauge(known: Gauge | None, label: str, limit: int | None) -> Gauge | None:
+    if known is None or limit is None:
+        return None if limit is None else Gauge(label, limit)
+    known.limit = limit
+    return known
+
+
+def _bucket(known: Bucket | None, label: str, measure: Measure, rate: Rate) -> Bucket:
+    if known is not None and (known.per_s, known.burst) == (rate.per_s, rate.burst):
+        return known
+    return Bucket(label, measure, rate.per_s, rate.burst)
 
 
 def _too_fast(bucket: Bucket, limit: str, wait_s: float) -> Fault:

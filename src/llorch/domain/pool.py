@@ -47,25 +47,35 @@ class Fleet:
 
     def put(self, replica: Replica) -> None:
         """Take over what was told of a replica. Costs O(log n)."""
-        place = self._places.get(replica.replica_id)
-        if place is not None:
-            self._discount(place, self._replicas[replica.replica_id])
+        place, before = self._places.get(replica.replica_id), self._replicas.get(replica.replica_id)
+        if place is not None and before is not None:
+            self._discount(place, before)
         replica_set = self._sets.get(replica.cohort)
         if replica_set is None:
             replica_set = self._sets[replica.cohort] = ReplicaSet(replica.cohort)
         if place is None:
+            place = self._places[replica.replica_id] = Place(replica.replica_id, 0, replica_set)
+        if before is None:
             self._last_rank += 1
-            place = self._places[replica.replica_id] = Place(replica.replica_id, self._last_rank, replica_set)
+            place.rank = self._last_rank
         self._replicas[replica.replica_id] = replica
         self._count(place, replica, replica_set)
         replica_set.update(place, self._busy(replica.replica_id))
 
     def remove(self, replica_id: str) -> None:
-        """The replica is no more; leases that are still held there are settled as ever. Idempotent."""
+        """The replica is no more. Idempotent.
+
+        Leases that are still held there are settled as ever, and count should a replica of this id come again.
+        """
         replica = self._replicas.pop(replica_id, None)
-        if replica is not None:
-            self._discount(self._places.pop(replica_id), replica)
-            self._fresh_until.pop(replica_id, None)
+        if replica is None:
+            return
+        place = self._places[replica_id]
+        self._discount(place, replica)
+        place.slots = place.foreign = 0
+        self._fresh_until.pop(replica_id, None)
+        if not self._busy(replica_id):
+            del self._places[replica_id]
 
     def suspect(self, replica_id: str) -> None:
         """Take a Ready replica that just failed a task out of service until it is told Ready again.
@@ -81,15 +91,14 @@ class Fleet:
 
         `now` is never smaller than before.
         """
-        place = self._places.get(replica_id)
-        if place is None:
+        if replica_id not in self._replicas:
             return
         if foreign_slots > 0:
             self._fresh_until[replica_id] = now + FRESH_S
             self._fresh_until.move_to_end(replica_id)
         else:
             self._fresh_until.pop(replica_id, None)
-        self._set_foreign(place, max(0, foreign_slots))
+        self._set_foreign(self._places[replica_id], max(0, foreign_slots))
 
     def next_stale(self) -> float | None:
         """When the oldest report of foreign work must be dropped; None when there is none."""
@@ -180,7 +189,9 @@ class Fleet:
 
     def take(self, replica_id: str, work_s: float) -> None:
         """A slot of the replica was leased for work that is predicted to last `work_s` seconds. After hold_slot."""
-        place = self._places[replica_id]
+        place = self._places.get(replica_id)
+        if place is None:
+            return  # it was removed meanwhile
         place.work_s += work_s
         place.replica_set.update(place, self._busy(replica_id))
 
@@ -188,14 +199,16 @@ class Fleet:
         """The lease was settled; `work_s` as it was taken. After settle_slot, once for every take."""
         place = self._places.get(replica_id)
         if place is None:
-            return  # it was removed meanwhile
+            return  # as above
         busy = self._busy(replica_id)
         left = place.work_s - work_s
         place.work_s = left if busy and left > 0.0 else 0.0  # to zero when idle: rounding leaves nothing behind
         place.replica_set.update(place, busy)
+        if not busy and replica_id not in self._replicas:
+            del self._places[replica_id]
 
     def work_s(self, replica_id: str) -> float:
-        """Predicted seconds of work placed there and not over, over all its slots; 0 for an unknown replica."""
+        """Predicted seconds of work placed there and not over, over all its slots; 0 where nothing was placed."""
         place = self._places.get(replica_id)
         return 0.0 if place is None else place.work_s
 

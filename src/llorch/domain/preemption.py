@@ -4,11 +4,12 @@ Decides and remembers; breaking the attempt off is the scheduler's.
 """
 
 from collections import deque
+from collections.abc import Iterable
 from itertools import islice
 
 from llorch.domain.faults import PREEMPTED
 from llorch.domain.policy import PreemptionPolicy
-from llorch.domain.pool import Fleet
+from llorch.domain.pool import Fleet, ReplicaState
 from llorch.domain.task import Attempt, Priority, Task
 
 MINUTE_S = 60.0
@@ -46,12 +47,15 @@ class Preemption:
             self.pending -= 1
 
     def withdraw(self, attempt: Attempt) -> None:
-        """The attempt is broken off for another reason: it makes room for nobody. Idempotent."""
+        """The attempt is told to stop, for whatever reason: it can make no room any more. Idempotent."""
         self._candidates.pop(attempt.attempt_id, None)
 
-    def reconfigure(self, policy: PreemptionPolicy) -> None:
-        """Other rules hold from now on; what runs stays as much a candidate as it was when it started."""
+    def reconfigure(self, policy: PreemptionPolicy, runs: Iterable[tuple[Task, Attempt]]) -> None:
+        """Other rules hold from now on, also for these attempts, which run, oldest first. What made room counts on."""
         self._policy = policy
+        self._candidates.clear()
+        for task, attempt in runs:
+            self.note_start(task, attempt)
 
     def is_allowed(self, now: float) -> bool:
         """The minute up to now has room for one more."""
@@ -72,15 +76,15 @@ class Preemption:
             if other.attempt is not attempt or URGENCY[other.priority] <= URGENCY[task.priority]:
                 continue
             replica = fleet.get(attempt.replica_id)
-            if replica is None or not replica.can_interrupt or not replica.meets(task.need):
+            if replica is None or replica.state is not ReplicaState.READY or not replica.meets(task.need):
+                continue  # the slot would be of no use
+            if not replica.can_interrupt:
                 continue
             if 2 * other.tokens_out <= other.spec.expected_tokens:
                 return attempt
         return None
 
-    def preempt(self, attempt: Attempt, now: float) -> None:
-        """The attempt makes room: it counts against the allowance, and is no candidate any more."""
-        attempt.broken_off = PREEMPTED
-        del self._candidates[attempt.attempt_id]
+    def note_preempted(self, now: float) -> None:
+        """An attempt is told to make room: that counts against the allowance, and it is awaited."""
         self._times.append(now)
         self.pending += 1

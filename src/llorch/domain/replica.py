@@ -25,7 +25,7 @@ class ReplicaState(Enum):
         return self in (ReplicaState.STOPPED, ReplicaState.FAILED)
 
 
-class IllegalMove(Exception):
+class IllegalTransition(Exception):
     """A replica was to take a step that its states do not have."""
 
 
@@ -46,9 +46,9 @@ TRANSITIONS: Mapping[ReplicaState, frozenset[ReplicaState]] = {
 
 
 def check_move(old: ReplicaState, new: ReplicaState) -> None:
-    """Return when the step may be taken; to stay where it is always may. Raises IllegalMove."""
+    """Return when the step may be taken; to stay where it is always may. Raises IllegalTransition."""
     if new is not old and new not in TRANSITIONS[old]:
-        raise IllegalMove(f"a replica does not become {new.value} from {old.value}")
+        raise IllegalTransition(f"a replica does not become {new.value} from {old.value}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,8 @@
 Counts what they report and settles their slots. Which task starts, and what its end means, is the scheduler's.
 """
 
+from collections.abc import Iterator
+
 from llorch.domain import events as ev
 from llorch.domain.affinity import Bindings
 from llorch.domain.fair_queue import FairQueue
@@ -12,13 +14,16 @@ from llorch.domain.ledger import Ledger
 from llorch.domain.policy import RoutePolicy
 from llorch.domain.pool import Fleet, ReplicaState
 from llorch.domain.preemption import Preemption
-from llorch.domain.task import Affinity, Attempt, Need, SessionKey, Task
+from llorch.domain.task import Affinity, Attempt, Fault, Need, SessionKey, Task
 
 
 class Runs:
     """The attempts that hold slots, each with the task it belongs to, which may have ended already."""
 
-    __slots__ = ("_fleet", "_forecast", "_ledger", "_policy", "_queue", "attempts", "bindings", "owners", "preemption")
+    __slots__ = (
+        "_evictions", "_fleet", "_forecast", "_ledger", "_policy", "_queue", "attempts", "bindings", "owners",
+        "preemption",
+    )  # fmt: skip
 
     def __init__(self, policy: RoutePolicy, queue: FairQueue, fleet: Fleet, ledger: Ledger, forecast: Forecast) -> None:
         self._policy = policy
@@ -30,12 +35,13 @@ class Runs:
         self.owners: dict[int, Task] = {}
         self.bindings = Bindings(policy.bindings)
         self.preemption = Preemption(policy.preemption)
+        self._evictions: dict[tuple[str, int], SessionKey] = {}
 
     def reconfigure(self, policy: RoutePolicy) -> None:
-        """Another policy holds for what starts from now on."""
+        """Another policy holds for what starts from now on, and for what makes room."""
         self._policy = policy
         self.bindings.resize(policy.bindings)
-        self.preemption.reconfigure(policy.preemption)
+        self.preemption.reconfigure(policy.preemption, self._untold())
 
     def may_start(self, task: Task) -> bool:
         """The tenant's quotas of what runs have room for it."""
@@ -54,6 +60,7 @@ class Runs:
             prefer=bound[1] if bound is not None and warm_on == replica_id else None,
         )
         attempt = Attempt(lease.attempt_id, task.key, replica_id, lease.slot, started_at=now)
+        attempt.wall_s = self._policy.wall_s
         attempt.tokens_before = task.tokens_out
         if (run := self._forecast.run(task)) is not None:
             attempt.work_s = run.mean_s
@@ -124,7 +131,51 @@ class Runs:
         self._queue.unpark(task.key[0])
         return task, attempt
 
+    # Attempts and replicas that go
+
+    def running_on(self, replica_id: str) -> list[tuple[Task, Attempt]]:
+        """The live tasks that run there and were not told to stop, oldest attempt first."""
+        return [(task, attempt) for task, attempt in self._untold() if attempt.replica_id == replica_id]
+
+    def _untold(self) -> Iterator[tuple[Task, Attempt]]:
+        for attempt_id, attempt in self.attempts.items():
+            task = self.owners[attempt_id]
+            if task.attempt is attempt and attempt.broken_off is None:
+                yield task, attempt
+
+    def break_off(self, attempt: Attempt, reason: Fault) -> ev.Abort:
+        """Have the attempt stop. It stays its task's, which waits again when the engine let go."""
+        attempt.broken_off = reason
+        self.preemption.withdraw(attempt)
+        self._ledger.release_slot(attempt.attempt_id)
+        return ev.Abort(attempt)
+
     def suspect(self, replica_id: str) -> None:
         """The replica failed a task: it takes none until it is told Ready again, and its caches count as lost."""
         self._fleet.suspect(replica_id)
         self.bindings.lose(replica_id)
+
+    def remove_replica(self, replica_id: str) -> None:
+        """The replica is no more, and no cache is left to be emptied there. Its attempts end when they end."""
+        self._fleet.remove(replica_id)
+        self.bindings.lose(replica_id)
+        self._evictions = {place: key for place, key in self._evictions.items() if place[0] != replica_id}
+
+    # Caches of sessions that are gone
+
+    def forget_session(self, session: SessionKey) -> None:
+        """What the session left in its slot is of no use any more."""
+        if (place := self.bindings.forget(session)) is not None:
+            self._evictions[place] = session
+
+    def evict_idle(self, commands: list[ev.Command]) -> None:
+        """A slot whose session is gone is emptied once its last task has let go of it, unless another works there."""
+        if not self._evictions:
+            return
+        holders = {(a.replica_id, a.slot): self.owners[a.attempt_id] for a in self.attempts.values()}
+        for place, session in list(self._evictions.items()):
+            holder = holders.get(place)
+            if holder is None:
+                commands.append(ev.Evict(*place))
+            if holder is None or holder.spec.session != session:
+                del self._evictions[place]

@@ -59,7 +59,6 @@ class Scheduler:
         self.sessions: dict[SessionKey, set[TaskKey]] = {}
         self._admission = Admission(policy, self.queue, self.fleet, ledger, self.forecast)
         self._timers = Timers()
-        self._evictions: dict[tuple[str, int], SessionKey] = {}
         self._last_order = 0
         self._closing: Fault | None = None
 
@@ -81,8 +80,7 @@ class Scheduler:
         self._fire_timers(now, commands)
         if len(self.queue):
             self._start_tasks(now, commands)
-        if self._evictions:
-            self._evict_idle(commands)
+        self.runs.evict_idle(commands)
         return commands
 
     def _decide(self, event: ev.Deciding, now: float) -> list[ev.Command]:  # noqa: C901, PLR0912 (one case for each event)
@@ -184,7 +182,7 @@ class Scheduler:
         task.move(TaskState.RUNNING)
         attempt = self.runs.start(task, now)
         left_s = self.ledger.time_left_s(task.key)
-        wall_s = self.policy.wall_s if left_s is None else min(self.policy.wall_s, left_s - task.run_s)
+        wall_s = attempt.wall_s if left_s is None else min(attempt.wall_s, left_s - task.run_s)
         self._timers.set(task.key, Timer.WALL, now + wall_s)
         return ev.Start(task, attempt)
 
@@ -196,14 +194,14 @@ class Scheduler:
             attempt = None if task is None else preemption.choose(task, self.fleet)
             if attempt is None:
                 return
-            preemption.preempt(attempt, now)
-            self.ledger.release_slot(attempt.attempt_id)
-            commands.append(ev.Abort(attempt))
+            preemption.note_preempted(now)
+            commands.append(self.runs.break_off(attempt, PREEMPTED))
 
     def _next_preemption(self) -> float | None:
-        if not self.policy.preemption.hard or not self.queue.depth(Priority.INTERACTIVE):
+        preemption = self.runs.preemption
+        if not self.policy.preemption.hard or preemption.pending >= self.queue.depth(Priority.INTERACTIVE):
             return None
-        return self.runs.preemption.next_allowed_at()
+        return preemption.next_allowed_at()
 
     def _change_replica(self, replica: Replica, now: float) -> list[ev.Command]:
         """Take the news over; tasks that no replica can ever take any more have waited in vain."""
@@ -216,8 +214,7 @@ class Scheduler:
         return self._end_stranded(now)
 
     def _remove_replica(self, replica_id: str, now: float) -> list[ev.Command]:
-        self.fleet.remove(replica_id)
-        self.runs.bindings.lose(replica_id)
+        self.runs.remove_replica(replica_id)
         return self._end_stranded(now)
 
     def _end_stranded(self, now: float) -> list[ev.Command]:
@@ -227,15 +224,9 @@ class Scheduler:
     def _vacate(self, replica_id: str, now: float) -> list[ev.Command]:
         """Break off what runs there: tasks that another replica can go on with wait again, the others end."""
         commands: list[ev.Command] = []
-        for attempt in [a for a in self.attempts.values() if a.replica_id == replica_id and a.broken_off is None]:
-            task = self.running(attempt.task, attempt.attempt_id)
-            if task is None:
-                continue  # it has ended; the engine was told to let go
+        for task, attempt in self.runs.running_on(replica_id):
             if task.can_move and self.fleet.can_serve(task.need):
-                attempt.broken_off = MOVED
-                self.runs.preemption.withdraw(attempt)
-                self.ledger.release_slot(attempt.attempt_id)
-                commands.append(ev.Abort(attempt))
+                commands.append(self.runs.break_off(attempt, MOVED))
             else:
                 commands += self._finish(task.key, TaskState.FAILED, DRAINED, now)
         return commands
@@ -243,7 +234,7 @@ class Scheduler:
     def _reconfigure(self, policy: RoutePolicy) -> None:
         """Another policy holds for what comes; what waits and what runs stay as they are."""
         self.policy = policy
-        self.queue.reconfigure(policy.queue)
+        self.queue.reconfigure(policy.queue, self.runs.owners.values())
         self.runs.reconfigure(policy)
         self._admission.reconfigure(policy)
 
@@ -359,20 +350,9 @@ class Scheduler:
 
     def _delete_session(self, session: SessionKey, now: float) -> list[ev.Command]:
         self.ledger.sessions.forget(session)
-        if (place := self.runs.bindings.forget(session)) is not None:
-            self._evictions[place] = session
+        self.runs.forget_session(session)
         keys = sorted(self.sessions.get(session, ()), key=lambda key: self.tasks[key].order)
         return self._finish_each(keys, TaskState.CANCELED, SESSION_DELETED, now)
-
-    def _evict_idle(self, commands: list[ev.Command]) -> None:
-        """A slot whose session is gone is emptied once its last task has let go of it, unless another works there."""
-        holders = {(a.replica_id, a.slot): self.runs.owners[a.attempt_id] for a in self.runs.attempts.values()}
-        for place, session in list(self._evictions.items()):
-            holder = holders.get(place)
-            if holder is None:
-                commands.append(ev.Evict(*place))
-            if holder is None or holder.spec.session != session:
-                del self._evictions[place]
 
     def _shut_down(self, grace_s: float, now: float) -> list[ev.Command]:
         self._closing = SHUTDOWN
@@ -408,10 +388,11 @@ class Scheduler:
                 return self._finish(task.key, TaskState.FAILED, SHUTDOWN, now)
 
     def _out_of_time(self, task: Task) -> Fault:
-        left_s = self.ledger.time_left_s(task.key)
-        if left_s is not None and left_s - task.run_s < self.policy.wall_s:
+        assert task.attempt is not None
+        wall_s, left_s = task.attempt.wall_s, self.ledger.time_left_s(task.key)
+        if left_s is not None and left_s - task.run_s < wall_s:
             return TIME_SPENT
-        return Fault(DecodeTimeout, f"the attempt ran for {self.policy.wall_s:g} s, the longest allowed")
+        return Fault(DecodeTimeout, f"the attempt ran for {wall_s:g} s, the longest allowed")
 
     def running(self, key: TaskKey, attempt_id: int) -> Task | None:
         """The task, if this attempt is still the one that runs it."""

@@ -48,6 +48,14 @@ class Sessions:
         self._overdue: dict[SessionKey, Session] = {}
         self._first_end = inf  # no session ends earlier
 
+    def limit(self, limits: SessionLimits) -> None:
+        """Have these limits from now on. What is in use lives as long after its last task as they say."""
+        later_s = limits.ttl_s - self.limits.ttl_s
+        self.limits = limits
+        self._first_end += later_s
+        for session in self._sessions.values():
+            session.expires_at += later_s
+
     def __len__(self) -> int:
         return len(self._sessions) + len(self._overdue)
 

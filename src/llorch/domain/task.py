@@ -6,6 +6,7 @@ Owns the state machine as data. Knows nothing of prompts, tokens' texts, HTTP or
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
+from math import inf
 from typing import NamedTuple
 
 from llorch.errors import LlorchError
@@ -165,8 +166,8 @@ class Attempt:
     """One run of a task on a replica. It outlives its task while the engine is still letting go.
 
     `work_s` is how long it was predicted to run, `cost` what it was expected to do in weighted tokens,
-    `tokens_before` what earlier attempts had produced. One that is `broken_off`, for this reason, was told to stop; its
-    task waits again when the engine let go.
+    `tokens_before` what earlier attempts had produced, `wall_s` the longest that it may run by the policy of its start.
+    One that is `broken_off`, for this reason, was told to stop; its task waits again when the engine let go.
     """
 
     attempt_id: int
@@ -176,6 +177,7 @@ class Attempt:
     started_at: float
     has_token: bool = False
     first_token_at: float | None = None
+    wall_s: float = inf
     work_s: float = 0.0
     tokens_before: int = 0
     cost: float = 0.0

@@ -101,6 +101,7 @@ class Known:
     """One replica as the model has it: what was told, what runs there, what its engine said last."""
 
     told: Replica
+    is_there: bool = True
     work: dict[int, Fraction] = field(default_factory=dict)
     foreign: int = 0
     told_at: float = 0.0
@@ -109,7 +110,7 @@ class Known:
         return len(self.work) + (self.foreign if now < self.told_at + FRESH_S else 0)
 
     def is_free(self, now: float) -> bool:
-        return self.told.state is ReplicaState.READY and self.taken(now) < self.told.slots
+        return self.is_there and self.told.state is ReplicaState.READY and self.taken(now) < self.told.slots
 
     def load(self) -> Fraction:
         return sum(self.work.values(), Fraction(0)) / self.told.slots
@@ -141,15 +142,27 @@ class Placements(RuleBasedStateMachine):
 
     @rule(replica_id=IDS, slots=SLOTS, cohort=st.sampled_from(COHORTS), state=STATES)
     def put(self, replica_id: str, slots: int, cohort: Cohort, state: ReplicaState) -> None:
-        told = Replica(replica_id, "pool", slots, cohort, state)
+        told = Replica(replica_id, "pool", slots, cohort, state, comes_back=slots == 2)
         self.fleet.put(told)
-        self.known.setdefault(replica_id, Known(told)).told = told
+        known = self.known.setdefault(replica_id, Known(told))
+        if not known.is_there:  # one that comes again is the last in order
+            self.known[replica_id] = self.known.pop(replica_id)
+        known.told, known.is_there = told, True
+
+    @rule(replica_id=IDS)
+    def remove(self, replica_id: str) -> None:
+        """Perhaps with leases that are still held; they count if it comes again."""
+        for _ in range(2):
+            self.fleet.remove(replica_id)
+        known = self.known.get(replica_id)
+        if known is not None:
+            known.is_there, known.foreign = False, 0
 
     @rule(replica_id=IDS)
     def suspect(self, replica_id: str) -> None:
         self.fleet.suspect(replica_id)
         known = self.known.get(replica_id)
-        if known is not None and known.told.state is ReplicaState.READY:
+        if known is not None and known.is_there and known.told.state is ReplicaState.READY:
             known.told = replace(known.told, state=ReplicaState.UNREADY)
 
     @rule(
@@ -180,7 +193,7 @@ class Placements(RuleBasedStateMachine):
     @rule(replica_id=IDS, foreign=st.integers(0, 5))
     def note_foreign(self, replica_id: str, foreign: int) -> None:
         self.fleet.note_foreign(replica_id, foreign, self.now)
-        if replica_id in self.known:
+        if replica_id in self.known and self.known[replica_id].is_there:
             self.known[replica_id].foreign, self.known[replica_id].told_at = foreign, self.now
 
     @rule(seconds=st.sampled_from([0.5, 2.0, 3.5, 6.0]))
@@ -198,7 +211,7 @@ class Placements(RuleBasedStateMachine):
 
     @invariant()
     def agrees_with_a_scan(self) -> None:
-        told = [known.told for known in self.known.values()]
+        told = [known.told for known in self.known.values() if known.is_there]
         assert list(self.fleet) == told
         ready = [known for known in told if known.state is ReplicaState.READY]
         assert self.fleet.ready_slots == sum(known.slots for known in ready)

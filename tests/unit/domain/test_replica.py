@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llorch.domain.replica import TRANSITIONS, IllegalMove, Replica, ReplicaState, check_move
+from llorch.domain.replica import TRANSITIONS, IllegalTransition, Replica, ReplicaState, check_move
 from llorch.domain.task import Cohort
 
 ANEW = (ReplicaState.DRAINING, ReplicaState.STOPPED, ReplicaState.FAILED)
@@ -38,7 +38,7 @@ def test_random_walk_takes_the_steps_of_the_table_and_no_other(walk: list[Replic
             check_move(state, step)
             state = step
         else:
-            with pytest.raises(IllegalMove, match=f"{step.value} from {state.value}"):
+            with pytest.raises(IllegalTransition, match=f"{step.value} from {state.value}"):
                 check_move(state, step)
 
 

@@ -158,6 +158,7 @@ async def test_killed_engine_is_started_anew(watched: Watched, words: tuple[str,
     watched.manager.want(order(*words, restart=AT_ONCE))
     phase = Phase.LOADING if words else Phase.UP
     first = await watched.until(phase)
+    assert first.error is None
     kill(first)
     second = await watched.until(lambda report: report.phase is phase and report.incarnation == 2)
     assert second.pid != first.pid
