@@ -27,7 +27,7 @@ ENV_PREFIX = "LLORCH_"
 RESERVED_ENV = frozenset(
     {
         *("LLORCH_CONFIG", "LLORCH_DEMO_MODEL", "LLORCH_KEY", "LLORCH_URL"),
-        *("LLORCH_ENGINE_KEY", "LLORCH_ENGINE_PARENT", "LLORCH_MANAGER"),
+        *("LLORCH_ENGINE_KEY", "LLORCH_MANAGER"),
     }
 )
 """Names of the environment that are no settings: the command line reads the first, engine processes get the others."""

@@ -1,9 +1,7 @@
 """The engine suite, on the real llama.cpp with a tiny model and on FakeEngine."""
 
 import asyncio
-import os
 import signal
-import socket
 from collections.abc import AsyncIterator
 
 import pytest
@@ -11,10 +9,9 @@ import pytest_asyncio
 
 from llorch.adapters.http import Timeouts
 from llorch.errors import DecodeTimeout, LlorchError, PoolUnready, WorkerReset
-from llorch.launch.llamacpp import EngineProcess
 from llorch.service.ports import Sampling
 from llorch.testing.fake_engine import FakeEngine, Faults
-from tests.conformance.engine_process import launch_tiny
+from tests.conformance.engine_process import EngineProcess, launch_tiny
 from tests.conformance.engine_suite import CTX, EngineSuite, Run, Target, collect, order, wait_idle
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -31,7 +28,7 @@ def target_of(process: EngineProcess) -> Target:
     """The process as the suite needs it."""
 
     async def kill() -> None:
-        os.kill(process.pid or 0, signal.SIGKILL)
+        process.signal(signal.SIGKILL)
         await process.wait()
 
     return Target(url=process.url, api_key=process.api_key, kill=kill)
@@ -92,42 +89,39 @@ class TestLlamaCpp(EngineSuite):
 
     async def test_engine_that_never_answers_is_decode_timeout(self, target: Target, process: EngineProcess) -> None:
         engine = target.connect(Timeouts(first_byte_s=0.2))
-        os.kill(process.pid or 0, signal.SIGSTOP)
+        process.signal(signal.SIGSTOP)
         with pytest.raises(DecodeTimeout, match="did not begin"):
             await collect(engine, order())
-        os.kill(process.pid or 0, signal.SIGCONT)
+        process.signal(signal.SIGCONT)
         await engine.aclose()
 
     async def test_engine_that_falls_silent_is_decode_timeout(self, target: Target, process: EngineProcess) -> None:
         engine = target.connect(Timeouts(idle_s=0.2))
         run = Run(engine, order(max_tokens=1900))
         await run.first_token()
-        os.kill(process.pid or 0, signal.SIGSTOP)
+        process.signal(signal.SIGSTOP)
         with pytest.raises(DecodeTimeout, match="went silent"):
             await run.task
-        os.kill(process.pid or 0, signal.SIGCONT)
+        process.signal(signal.SIGCONT)
         await engine.aclose()
 
     async def test_loading_engine_is_pool_unready(self) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        process = launch_tiny(ctx=CTX, alias="conformance", port=port)
-        start = asyncio.create_task(process.start())
-        engine = Target(f"http://127.0.0.1:{port}", process.api_key, process.stop).connect()
+        process = launch_tiny(ctx=CTX, alias="conformance")
+        await process.spawn()
+        engine = target_of(process).connect()
         seen: set[type[LlorchError]] = set()
-        while not start.done():
-            try:
-                await engine.check_health()
-                break
-            except (PoolUnready, WorkerReset) as exc:
-                seen.add(type(exc))
-            await asyncio.sleep(0.01)
-        await start
+        async with asyncio.timeout(60):
+            while True:
+                try:
+                    await engine.check_health()
+                    break
+                except (PoolUnready, WorkerReset) as exc:
+                    seen.add(type(exc))
+                await asyncio.sleep(0.01)
         assert PoolUnready in seen
-        await engine.check_health()
         await engine.aclose()
-        await process.stop()
+        process.signal(signal.SIGTERM)
+        assert await process.wait() == 0
 
     async def test_wrong_key_is_pool_unready_and_says_so(self, target: Target) -> None:
         stranger = Target(target.url, "not-the-key", target.kill).connect()

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from llorch.adapters.llamacpp import LlamaCppEngine
-from llorch.launch.llamacpp import EngineProcess
 from llorch.launch.model_file import find_demo_model
 from llorch.service.ports import Generation, Sampling
-from tests.conformance.engine_process import TINY_MODEL
+from tests.conformance.engine_process import TINY_MODEL, EngineProcess
 
 SEEDS = range(64)
 PROMPT = "The lighthouse keeper wrote in his log:"
@@ -38,7 +37,7 @@ async def compare_two_processes(model: Path, tmp_path: Path, *, max_tokens: int)
 async def generate_all(model: Path, max_tokens: int) -> dict[int, list[str]]:
     """The tokens of every seed, from a process of their own with one slot and one thread."""
     found: dict[int, list[str]] = {}
-    async with EngineProcess(model, ctx=512, threads=1) as process:
+    async with EngineProcess(model, ctx=512) as process:
         engine = LlamaCppEngine(process.url, api_key=process.api_key)
         for seed in SEEDS:
             found[seed] = []

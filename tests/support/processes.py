@@ -7,6 +7,7 @@ import ctypes
 import json
 import os
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -109,6 +110,14 @@ def wait_for(look: Callable[[], Found | None], what: str, within_s: float = 10.0
         if time.monotonic() > until:
             raise AssertionError(f"not within {within_s:g} s: {what}")
         time.sleep(every_s)
+
+
+def free_port() -> int:
+    """A TCP port of loopback that nobody had a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
 
 
 def _die_with_parent() -> None:

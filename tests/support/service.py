@@ -1,6 +1,5 @@
 """`llorch serve` as a process of its own, on a free port, with its log judged when it ends."""
 
-import socket
 import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ import yaml
 
 from tests.support.engines import FakeEngineProcess, LlamaCppProcess
 from tests.support.identities import EVERYBODY, Identity
-from tests.support.processes import NO_TLS, ROOT, START_S, Process
+from tests.support.processes import NO_TLS, ROOT, START_S, Process, free_port
 from tests.support.wire import check_response
 
 QUIET = ("info", "debug")
@@ -94,14 +93,6 @@ def make_pool(*engines: FakeEngineProcess | LlamaCppProcess, pool_id: str = "", 
         for engine in engines
     ]
     return {"id": pool_id or model, "engine": "llamacpp", "model": model, "replicas": replicas, **settings}
-
-
-def free_port() -> int:
-    """A TCP port of loopback that nobody had a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def _is_ready(http: httpx.Client, replicas: int) -> bool:

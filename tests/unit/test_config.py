@@ -234,7 +234,7 @@ def test_environment_reaches_replicas_that_llorch_starts(file: Path) -> None:
 
 
 def test_environment_of_engine_processes_is_no_setting() -> None:
-    names = ("LLORCH_ENGINE_KEY", "LLORCH_ENGINE_PARENT", "LLORCH_MANAGER")
+    names = ("LLORCH_ENGINE_KEY", "LLORCH_MANAGER")
     assert config.load(None, dict.fromkeys(names, SECRET)) == config.load(None, {})
 
 

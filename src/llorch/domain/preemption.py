@@ -59,7 +59,7 @@ class Preemption:
 
     def is_allowed(self, now: float) -> bool:
         """The minute up to now has room for one more."""
-        while self._times and self._times[0] <= now - MINUTE_S:
+        while self._times and self._times[0] + MINUTE_S <= now:  # rounded as next_allowed_at() tells it
             self._times.popleft()
         return len(self._times) < self._policy.per_minute
 

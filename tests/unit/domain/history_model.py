@@ -25,6 +25,8 @@ class Run:
     task: Task
     replica_id: str
     slot: int
+    wall_s: float
+    epoch: int
     has_token: bool = False
     is_aborted: bool = False
     is_preempted: bool = False
@@ -52,6 +54,9 @@ class Model:
     finishes: Counter[int] = field(default_factory=Counter)
     preemptions: Counter[int] = field(default_factory=Counter)
     moves: Counter[int] = field(default_factory=Counter)
+    overhang: Counter[Priority] = field(default_factory=Counter)
+    epoch: int = 0
+    limited_since: Counter[tuple[str, str]] = field(default_factory=Counter)
     vacated: str | None = None
     is_closing: bool = False
 
@@ -65,6 +70,7 @@ class Model:
                 self.replicas.pop(replica_id, None)
             case ev.ConfigChanged(policy):
                 self.policy = policy
+                self.overhang = self._fresh()
             case ev.ReplicaChanged(told):
                 self.replicas[told.replica_id] = told
             case ev.ShutdownRequested():
@@ -78,6 +84,16 @@ class Model:
             case ev.AttemptEnded(_, attempt_id, fault) if attempt_id in self.runs:
                 run = self.ended[attempt_id] = self.runs.pop(attempt_id)
                 self._suspect(run.replica_id, fault)
+
+    def take_quotas(self, quotas: dict[str, Quota]) -> None:
+        """Other quotas from now on. A limit that there was not before knows nothing of what runs."""
+        self.epoch += 1
+        for tenant, quota in quotas.items():
+            before = self.quotas.get(tenant, NO_QUOTA)
+            for limit in ("max_concurrent", "kv_tokens"):
+                if getattr(before, limit) is None and getattr(quota, limit) is not None:
+                    self.limited_since[tenant, limit] = self.epoch
+        self.quotas = quotas
 
     def _suspect(self, replica_id: str, fault: Fault | None) -> None:
         known = self.replicas.get(replica_id)
@@ -122,8 +138,18 @@ class Model:
         run.is_moved = True
         self.moves[run.task.order] += 1
         assert run.replica_id == self.vacated, "moved without need"
-        assert not run.has_token or run.task.spec.strict or run.task.spec.can_continue
-        assert any(r.meets(self._need(run.task)) and r.may_serve for r in self.replicas.values()), "moved to nowhere"
+        assert self.can_move(run), "moved to nowhere"
+
+    def can_move(self, run: Run) -> bool:
+        """Some replica may go on with it."""
+        task = run.task
+        if task.first_token_at is not None and not task.spec.strict and not task.spec.can_continue:
+            return False
+        return any(r.meets(self._need(task)) and r.may_serve for r in self.replicas.values())
+
+    def stays(self, replica_id: str) -> list[Run]:
+        """What runs there and has not been told to stop."""
+        return [run for run in self.runs.values() if run.replica_id == replica_id and not run.is_aborted]
 
     def _preempt(self, run: Run) -> None:
         """ORCH-3085..3087."""
@@ -135,7 +161,9 @@ class Model:
         assert self.preemptions[task.order] <= policy.per_task
         assert 2 * task.tokens_out <= task.spec.expected_tokens, "past half of its progress"
         assert task.spec.strict or task.spec.can_continue
+        assert task.priority not in policy.protected
         assert self.replicas[run.replica_id].can_interrupt
+        assert self.replicas[run.replica_id].state is ReplicaState.READY, "made room where nothing starts"
         urgent = [waiting for waiting in self.waiting.values() if waiting.priority is Priority.INTERACTIVE]
         assert sum(other.is_preempted for other in self.runs.values()) <= len(urgent), "more room than is needed"
 
@@ -168,18 +196,22 @@ class Model:
         for waiting in self.waiting.values():
             if self._flow(waiting) == self._flow(task) and self._rank(waiting) < self._rank(task):
                 assert not target.meets(self._need(waiting)), "overtook one of its flow that could have used this slot"
-        self.runs[attempt.attempt_id] = Run(task, attempt.replica_id, attempt.slot)
+        self.runs[attempt.attempt_id] = Run(task, attempt.replica_id, attempt.slot, self.policy.wall_s, self.epoch)
         if task.spec.strict:
             assert self.pins.setdefault(task.order, target.cohort) == target.cohort, "left its cohort"
 
     def has_room(self, task: Task) -> bool:
         """The tenant may run one more."""
         quota = self.quotas.get(task.key[0], NO_QUOTA)
-        running = [run.task for run in self.runs.values() if run.task.key[0] == task.key[0]]
+        running = self._counted(task.key[0], "max_concurrent")
         if quota.max_concurrent is not None and len(running) >= quota.max_concurrent:
             return False
-        used = sum(map(_kv_tokens, running))
+        used = sum(map(_kv_tokens, self._counted(task.key[0], "kv_tokens")))
         return quota.kv_tokens is None or not used or used + _kv_tokens(task) <= quota.kv_tokens
+
+    def _counted(self, tenant: str, limit: str) -> list[Task]:
+        since = self.limited_since[tenant, limit]
+        return [run.task for run in self.runs.values() if run.task.key[0] == tenant and run.epoch >= since]
 
     def _requeue(self, event: ev.Event, task: Task, fault: Fault) -> None:
         assert isinstance(event, ev.AttemptEnded)
@@ -229,17 +261,25 @@ class Model:
         return all(self.has_room(each) for each in flow if self._rank(each) <= self._rank(task))
 
     def check_bounds(self, extra: Task | None = None) -> None:
-        """No more wait than have places, but for those that wait again."""
-        fresh = [task for task in [*self.waiting.values(), extra] if task is not None and not task.attempts]
+        """No more wait than have places, but for those that wait again, or waited when the queue became smaller."""
+        fresh = self._fresh(extra)
         for priority, capacity in self.policy.queue.capacity.items():
-            assert sum(task.priority is priority for task in fresh) <= capacity, f"more {priority} than have places"
+            assert fresh[priority] <= max(capacity, self.overhang[priority]), f"more {priority} than have places"
+        if extra is None:
+            self.overhang &= fresh
 
-    def check_time(self, now: float, wall_s: float) -> None:
+    def _fresh(self, extra: Task | None = None) -> Counter[Priority]:
+        """How many wait that never ran."""
+        waiting = [task for task in [*self.waiting.values(), extra] if task is not None]
+        return Counter(task.priority for task in waiting if not task.attempts)
+
+    def check_time(self, now: float) -> None:
         """Object to what should have ended by now; after events that fire timers."""
         for task in self.live.values():
             if task.spec.deadline_s is not None and (task.key in self.waiting or task.spec.abort_late):
                 assert task.accepted_at + task.spec.deadline_s > now
-            assert task.attempt is None or task.attempt.started_at + wall_s > now
+            if task.attempt is not None:
+                assert task.attempt.started_at + self.runs[task.attempt.attempt_id].wall_s > now
 
     def _need(self, task: Task) -> Need:
         pin = self.pins.get(task.order)

@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from llorch.domain import events as ev
 from llorch.domain.ledger import Ledger, SessionLimits
 from llorch.domain.policy import (
+    NO_QUOTA,
     Fairness,
     FullPolicy,
     Order,
@@ -34,6 +35,12 @@ QUOTAS = {
     "other": Quota(max_concurrent=1, max_queued=4, tokens_per_minute=2000),
     "third": Quota(rate=dict.fromkeys(Priority, Rate(per_s=2.0, burst=3)), kv_tokens=60),
 }
+OTHER_QUOTAS = (
+    QUOTAS,
+    {"acme": Quota(max_concurrent=1), "other": Quota(max_concurrent=2, max_queued=2, tokens_per_minute=2000)},
+    {"other": Quota(tokens_per_minute=500), "third": Quota(max_concurrent=1, kv_tokens=20)},
+    {},
+)
 BUDGETS = (None, None, Budgets(tokens=200), Budgets(time_s=30.0, cost=5.0))
 POLICIES = st.builds(
     QueuePolicy,
@@ -42,6 +49,22 @@ POLICIES = st.builds(
     fairness=st.sampled_from(Fairness),
     order=st.sampled_from(Order),
     weights=st.sampled_from([{}, {"acme": 3.0}]),
+)
+OTHER_POLICIES = st.builds(
+    replace,
+    POLICIES,
+    capacity=st.sampled_from([CAPACITY, dict.fromkeys(Priority, 1), dict.fromkeys(Priority, 9)]),
+    level_weights=st.sampled_from([dict.fromkeys(Priority, 1.0), {Priority.INTERACTIVE: 8.0, Priority.BATCH: 1.0}]),
+    output_cost=st.sampled_from([1.0, 2.0, 8.0]),
+    edf_default_s=st.sampled_from([5.0, 60.0]),
+)
+PREEMPTION = st.sampled_from(
+    [
+        PreemptionPolicy(),
+        PreemptionPolicy(hard=True),
+        PreemptionPolicy(hard=True, per_task=1, per_minute=1),
+        PreemptionPolicy(hard=True, protected=frozenset(Priority)),
+    ]
 )
 NAMES = st.sampled_from([("acme", f"t{number}") for number in range(20)] + [("other", "t0"), ("other", "t1")])
 SESSIONS = st.sampled_from([f"s{number}" for number in range(6)])
@@ -98,7 +121,7 @@ class Histories(RuleBasedStateMachine):
         self.model.check_bounds()
         assert self.scheduler.tasks == self.model.live
         if not isinstance(event, ev.FirstToken | ev.TokensProduced | ev.FollowerJoined | ev.FollowerLeft):
-            self.model.check_time(self.now, WALL_S)
+            self.model.check_time(self.now)
             wakeup = self.scheduler.next_wakeup()
             assert wakeup is None or wakeup > self.now
         return commands
@@ -128,23 +151,50 @@ class Histories(RuleBasedStateMachine):
         """A replica drains, its deadline passes, and perhaps it goes for good, before or after its engine let go."""
         known = list(self.model.replicas.values())[index % len(self.model.replicas)]
         self.post(ev.ReplicaChanged(replace(known, state=ReplicaState.DRAINING, comes_back=comes_back)))
-        self.post(ev.ReplicaVacated(known.replica_id))
-        assert all(run.is_aborted for run in self.model.runs.values() if run.replica_id == known.replica_id)
+        self.vacate(known.replica_id)
         if is_removed and not comes_back:
             self.added += 1
             fresh = replace(known, replica_id=f"n{self.added}", state=ReplicaState.READY, comes_back=False)
-            self.post(ev.ReplicaChanged(fresh))
+            if index % 3 or len(self.model.replicas) == 1:
+                self.post(ev.ReplicaChanged(fresh))
             self.post(ev.ReplicaRemoved(known.replica_id))
-            self.post(ev.ReplicaRemoved(known.replica_id))
+            assert not self.post(ev.ReplicaRemoved(known.replica_id))
 
-    @rule(queue=POLICIES, hard=st.booleans())
-    def configure_anew(self, queue: QueuePolicy, hard: bool) -> None:
+    def vacate(self, replica_id: str) -> None:
+        """Everything leaves, and nothing ends that could have gone on."""
+        runs = self.model.stays(replica_id)
+        could_move = [self.model.can_move(run) for run in runs]
+        self.post(ev.ReplicaVacated(replica_id))
+        assert not self.model.stays(replica_id)
+        assert [run.is_moved for run in runs] == could_move
+        for run in runs:
+            assert run.is_moved or (run.task.fault is not None and run.task.fault.policy_label == "drain")
+        self.post(ev.ReplicaVacated(replica_id))
+
+    @rule(index=INDEX, is_removed=st.booleans())
+    def lose(self, index: int, is_removed: bool) -> None:
+        """A replica is vacated or goes while it serves, and comes again under its id before its attempts have ended."""
+        known = list(self.model.replicas.values())[index % len(self.model.replicas)]
+        self.post(ev.ReplicaRemoved(known.replica_id) if is_removed else ev.ReplicaVacated(known.replica_id))
+        self.post(ev.ReplicaChanged(known))
+
+    @rule(queue=OTHER_POLICIES, preemption=PREEMPTION, wall_s=st.sampled_from([WALL_S, 15.0]), bindings=INDEX)
+    def configure_anew(self, queue: QueuePolicy, preemption: PreemptionPolicy, wall_s: float, bindings: int) -> None:
         self.post(ev.Tick())  # what is due ends by that, and not by the change
         before = set(self.model.live)
-        policy = replace(self.model.policy, queue=queue, preemption=PreemptionPolicy(hard), bindings=3 if hard else 10)
-        commands = self.post(ev.ConfigChanged(policy))
+        new = {"queue": queue, "preemption": preemption, "wall_s": wall_s, "bindings": bindings}
+        commands = self.post(ev.ConfigChanged(replace(self.model.policy, **new)))
         assert all(isinstance(command, ev.Start | ev.Abort) for command in commands), commands
         assert self.model.live.keys() == before
+
+    @rule(quotas=st.sampled_from(OTHER_QUOTAS), ttl_s=st.sampled_from([TTL_S, 10.0]))
+    def set_quotas(self, quotas: dict[str, Quota], ttl_s: float) -> None:
+        reserved = sorted(self.ledger.outstanding())
+        self.ledger.reconfigure(quotas, NO_QUOTA, SessionLimits(ttl_s=ttl_s, turns=TURNS))
+        assert sorted(self.ledger.outstanding()) == reserved
+        self.model.take_quotas(quotas)
+        for tenant in self.ledger.take_lifted():
+            self.post(ev.LimitLifted(tenant))
 
     @rule(wishes=st.lists(WISHES, min_size=1, max_size=6))
     def submit(self, wishes: list[int]) -> None:
