@@ -180,7 +180,7 @@ class Ledger:
         self._last_attempt += 1
         slot_lease = SlotLease(self._last_attempt, replica_id, slots.take(prefer))
         self._leases[self._last_attempt] = slot_lease
-        if task is not None and (accounts := self._tenants.get(task[0])) is not None:
+        if task is not None and (accounts := self._accounts_of_runs(task[0])) is not None:
             slot_lease.lease = self._begin_run(accounts, task, kv_tokens)
         return slot_lease
 
@@ -277,11 +277,18 @@ class Ledger:
             accounts = self._tenants[tenant] = TenantAccounts(self._quotas.get(tenant, self._default))
         return accounts
 
+    def _accounts_of_runs(self, tenant: str) -> TenantAccounts | None:
+        """Where a run is booked; what waits since a time without limits has no accounts yet."""
+        accounts = self._tenants.get(tenant)
+        if accounts is None and (idle := self._idle.get(tenant, self._default_idle)) is not None and idle.limits_runs:
+            return self._accounts_of(tenant)
+        return accounts
+
     def _begin_run(self, accounts: TenantAccounts, task: TaskKey, kv_tokens: int) -> Lease | None:
         waiting = self._tasks.get(task)
         if waiting is not None and accounts.queued is not None:
             waiting.give_back(accounts.queued)
-        if accounts.running is None and accounts.kv is None:
+        if not accounts.limits_runs:
             return None
         lease = Lease(task, accounts)
         accounts.run(lease, kv_tokens)

@@ -232,6 +232,11 @@ class TenantAccounts:
         accounts = (self.queued, self.running, self.kv, self.tokens)
         return bool(self.rates) or any(account is not None for account in accounts)
 
+    @property
+    def limits_runs(self) -> bool:
+        """There is an account that attempts take from."""
+        return self.running is not None or self.kv is not None
+
     def full_at(self) -> float:
         """When all buckets will be full, in the caller's seconds."""
         ends = [bucket.full_at for bucket in self.rates.values()]

@@ -193,8 +193,10 @@ class Histories(RuleBasedStateMachine):
         self.ledger.reconfigure(quotas, NO_QUOTA, SessionLimits(ttl_s=ttl_s, turns=TURNS))
         assert sorted(self.ledger.outstanding()) == reserved
         self.model.take_quotas(quotas)
-        for tenant in self.ledger.take_lifted():
-            self.post(ev.LimitLifted(tenant))
+        for tenant in self.ledger.take_lifted():  # before all are told, one may wait in vain
+            event = ev.LimitLifted(tenant)
+            self.model.follow(event, self.scheduler.handle(event, self.now), self.now)
+        self.post(ev.Tick())
 
     @rule(wishes=st.lists(WISHES, min_size=1, max_size=6))
     def submit(self, wishes: list[int]) -> None:
