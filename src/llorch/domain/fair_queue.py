@@ -213,6 +213,8 @@ class FairQueue:
             self._lift(level)
         level.push(flow, task)
         self._length += 1
+        if flow.is_parked and self._by_deadline:  # it may be the first now, and smaller than the one that was
+            self._unpark(level, flow)
 
     def remove(self, task: Task) -> None:
         """The task waits no more and will not start; raises KeyError when it did not wait."""
@@ -220,6 +222,8 @@ class FairQueue:
         flow = level.flows[task.spec.key[0]]
         level.remove(flow, task)
         self._length -= 1
+        if flow.is_parked:  # the task may be the one that was too big for the quota
+            self._unpark(level, flow)
         level.retire(flow)
 
     def unpark(self, tenant: str) -> bool:
@@ -228,11 +232,14 @@ class FairQueue:
         for level in self._ranks:
             flow = level.parked.get(tenant)
             if flow is not None:
-                if not level.active:
-                    self._lift(level)
-                level.unpark(flow)
+                self._unpark(level, flow)
                 any_parked = True
         return any_parked
+
+    def _unpark(self, level: Level, flow: Flow) -> None:
+        if not level.active:
+            self._lift(level)
+        level.unpark(flow)
 
     def is_parked(self, task: Task) -> bool:
         """Its flow takes no part until its tenant's quota is lifted."""

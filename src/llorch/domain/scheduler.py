@@ -5,6 +5,8 @@ nothing itself: whoever calls it performs the commands, in their order, before t
 Three independent systems with this very job have this shape: dask's worker state machine, httpcore's pool, llama-swap.
 """
 
+from dataclasses import replace
+
 from llorch.domain import events as ev
 from llorch.domain.admission import Admission
 from llorch.domain.fair_queue import FairQueue
@@ -61,6 +63,7 @@ class Scheduler:
         self._timers = Timers()
         self._last_order = 0
         self._closing: Fault | None = None
+        self._closes_at = 0.0
 
     def handle(self, event: ev.Event, now: float) -> list[ev.Command]:
         """Take in a fact and answer with the orders that follow. `now` is in seconds, never smaller than before."""
@@ -144,7 +147,7 @@ class Scheduler:
     # Admission
 
     def _submit(self, spec: TaskSpec, now: float) -> list[ev.Command]:
-        admitted = self._closing or self._admission.admit(spec, self._last_order + 1, now)
+        admitted = self._going_away(now) or self._admission.admit(spec, self._last_order + 1, now)
         if isinstance(admitted, Fault):
             return [ev.Reject(spec.key, admitted)]
         task, victim = admitted
@@ -161,6 +164,12 @@ class Scheduler:
             lost = self._finish(victim.task.key, TaskState.FAILED, victim.fault, now)
             self.forecast.tell(task, now)
         return [ev.Admit(task, task.position_told, self._admission.backoff_s(task)), *lost]
+
+    def _going_away(self, now: float) -> Fault | None:
+        """What refuses everything once the service is to go: it is gone, or replaced, when its grace is over."""
+        if self._closing is None:
+            return None
+        return replace(self._closing, retry_after_ms=max(1000, round((self._closes_at - now) * 1000)))
 
     # Placement
 
@@ -241,11 +250,13 @@ class Scheduler:
     # What runs report
 
     def _stall_attempt(self, event: ev.AttemptStalled, now: float) -> list[ev.Command]:
-        """The task has its answer at once; the slot is free only when the engine let go."""
+        """The task has its answer at once, unless it goes on later; the slot is free only when the engine let go."""
         attempt = self.runs.attempts.get(event.attempt_id)
         if attempt is None or self.running(event.task, event.attempt_id) is None:
             return []
         self.runs.suspect(attempt.replica_id)
+        if attempt.broken_off is not None:
+            return []
         return self._finish(event.task, TaskState.FAILED, event.fault, now)
 
     def _end_attempt(self, event: ev.AttemptEnded, now: float) -> list[ev.Command]:
@@ -355,7 +366,7 @@ class Scheduler:
         return self._finish_each(keys, TaskState.CANCELED, SESSION_DELETED, now)
 
     def _shut_down(self, grace_s: float, now: float) -> list[ev.Command]:
-        self._closing = SHUTDOWN
+        self._closing, self._closes_at = SHUTDOWN, now + grace_s
         for task in self.tasks.values():
             if task.state is TaskState.RUNNING:
                 self._timers.set(task.key, Timer.SHUTDOWN, now + grace_s)

@@ -79,7 +79,7 @@ class Model:
                 self.runs[attempt_id].has_token = True
             case ev.AttemptStalled(key, attempt_id, fault) if attempt_id in self.runs:
                 run = self.runs[attempt_id]
-                if self.live.get(key) is run.task and not run.is_aborted:
+                if self.live.get(key) is run.task:
                     self._suspect(run.replica_id, fault)
             case ev.AttemptEnded(_, attempt_id, fault) if attempt_id in self.runs:
                 run = self.ended[attempt_id] = self.runs.pop(attempt_id)

@@ -11,7 +11,7 @@ from math import ceil
 from llorch.domain.limits import Claim, Use
 from llorch.domain.policy import Quota, Rate
 from llorch.domain.sessions import SessionLimits
-from llorch.domain.task import Budgets, SessionKey, TaskKey, TaskSpec
+from llorch.domain.task import Budgets, Priority, SessionKey, TaskKey, TaskSpec
 from llorch.errors import BudgetExhausted, BudgetTooSmall, InvalidParams, LlorchError, QuotaExceeded
 
 Told = tuple[type[LlorchError], str | None, int | None]
@@ -60,6 +60,7 @@ class Work:
     spec: TaskSpec
     claim: Claim
     session: Account
+    epoch: int
     is_waiting: bool = True
     is_over: bool = False
     attempts: set[int] = field(default_factory=set)
@@ -78,6 +79,26 @@ class Model:
     drawn: dict[tuple[str, str], list[tuple[float, float]]] = field(default_factory=dict)
     wanted: set[str] = field(default_factory=set)
     lifted: list[str] = field(default_factory=list)
+    epoch: int = 0
+    full_since: dict[tuple[str, str], int] = field(default_factory=dict)
+
+    def reconfigure(self, quotas: Mapping[str, Quota], default: Quota, limits: SessionLimits, now: float) -> set[str]:
+        """The same limits in other sizes. Tells whose tasks were kept from starting."""
+        self.epoch += 1
+        for bucket in self.drawn:
+            before = self._rate(*bucket, self.quota(bucket[0]))
+            if before != self._rate(*bucket, quotas.get(bucket[0], default)):
+                self.drawn[bucket] = []
+                self.full_since[bucket] = self.epoch
+        for session in self.sessions.values():
+            if session.expires_at > now:
+                session.expires_at += limits.ttl_s - self.limits.ttl_s
+        self.quotas, self.default, self.limits = quotas, default, limits
+        lifted, self.wanted = self.wanted, set()
+        return lifted
+
+    def _rate(self, tenant: str, bucket: str, quota: Quota) -> object:
+        return quota.tokens_per_minute if bucket == "tokens" else quota.rate.get(Priority(bucket))
 
     def quota(self, tenant: str) -> Quota:
         return self.quotas.get(tenant, self.default)
@@ -152,7 +173,7 @@ class Model:
             )
         self._draw(spec.key[0], spec.priority, 1, now)
         self._draw(spec.key[0], "tokens", claim.prompt_tokens + claim.expected_tokens, now)
-        self.work[spec.key] = Work(spec, claim, known)
+        self.work[spec.key] = Work(spec, claim, known, self.epoch)
 
     def _draw(self, tenant: str, bucket: str, amount: float, now: float) -> None:
         self.drawn.setdefault((tenant, bucket), []).append((now, amount))
@@ -184,7 +205,8 @@ class Model:
     def settle(self, key: TaskKey, use: Use, now: float) -> None:
         work = self.work.pop(key)
         reserved = work.claim.prompt_tokens + work.claim.expected_tokens
-        self._draw(key[0], "tokens", use.prompt_tokens + use.tokens_out - reserved, now)
+        if work.epoch >= self.full_since.get((key[0], "tokens"), 0):
+            self._draw(key[0], "tokens", use.prompt_tokens + use.tokens_out - reserved, now)
         if work.session.reserved.pop(key, None) is not None:
             work.session.spent.append(use)
 

@@ -27,6 +27,18 @@ QUOTAS = {
     "free": NO_QUOTA,
 }
 DEFAULT = Quota(max_queued=4, max_concurrent=1)
+RESIZED = {
+    "narrow": Quota(
+        max_queued=5,
+        max_concurrent=1,
+        rate={Priority.INTERACTIVE: Rate(0.5, 4.0)},
+        tokens_per_minute=480,
+        kv_tokens=128,
+    ),
+    "metered": Quota(rate={Priority.BATCH: Rate(4.0, 2.0)}, tokens_per_minute=120),
+    "free": NO_QUOTA,
+}
+CONFIGS = [(QUOTAS, DEFAULT), (RESIZED, DEFAULT), (RESIZED, Quota(max_queued=2, max_concurrent=3))]
 TENANTS = [*QUOTAS, "nameless"]
 LIMITS = SessionLimits(ttl_s=64.0, turns=12)
 BUDGETS = [None, None, Budgets(), Budgets(tokens=160), Budgets(time_s=40.0), Budgets(tokens=400, time_s=96.0, cost=8.0)]
@@ -197,6 +209,17 @@ class LedgerHistories(RuleBasedStateMachine):
         self.ledger.expire(self.now)
         after = self.snapshot()
         assert (after[0], after[1], after[4]) == (before[0], before[1], before[4])
+
+    @rule(config=st.sampled_from(CONFIGS), ttl_s=st.sampled_from([64.0, 64.0, 16.0]), turns=st.sampled_from([12, 6]))
+    def reconfigure(self, config: tuple[dict[str, Quota], Quota], ttl_s: float, turns: int) -> None:
+        """Nothing that is held changes, nor what was used of that which keeps its size."""
+        quotas, default = config
+        before = self.ledger.outstanding(), self.ledger.leases()
+        for _ in range(2):
+            self.ledger.reconfigure(quotas, default, SessionLimits(ttl_s, turns))
+        assert (self.ledger.outstanding(), self.ledger.leases()) == before
+        lifted = self.model.reconfigure(quotas, default, SessionLimits(ttl_s, turns), self.now)
+        assert set(self.ledger.take_lifted()) == lifted
 
     # What must hold
 

@@ -257,7 +257,11 @@ def test_shutdown_ends_what_waits_and_lets_run_what_runs() -> None:
     fault = desk.seen["a"].fault
     assert fault is not None
     assert (fault.kind.retriable, fault.policy_label) == (True, "shutdown")
-    assert desk.submit("late") == ["reject late POOL_UNAVAILABLE"]
+    for waited_s, told_ms in ((12.5, 17_500), (17.4, 1000)):
+        desk.now += waited_s
+        assert desk.submit("late") == ["reject late POOL_UNAVAILABLE"]
+        assert isinstance(desk.commands[0], ev.Reject)
+        assert desk.commands[0].fault.retry_after_ms == told_ms, "until the grace is over, and never at once"
     assert desk.end("running") == ["finish running succeeded"]
 
 
