@@ -128,6 +128,7 @@ class Visits(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.bindings = Bindings(LIMIT)
+        self.limit = LIMIT
         self.bound: dict[SessionKey, tuple[str, int, float]] = {}
         self.last_user: dict[tuple[str, int], SessionKey] = {}
         self.now = 0.0
@@ -138,8 +139,17 @@ class Visits(RuleBasedStateMachine):
         self.bound.pop(session, None)
         self.bound[session] = (replica_id, slot, self.now + TTL_S)
         self.last_user[replica_id, slot] = session
-        if len(self.bound) > LIMIT:
+        self.keep_within_limit()
+
+    def keep_within_limit(self) -> None:
+        while len(self.bound) > self.limit:
             del self.bound[next(iter(self.bound))]
+
+    @rule(limit=st.sampled_from([LIMIT, LIMIT, 2, 0]))
+    def resize(self, limit: int) -> None:
+        self.limit = limit
+        self.bindings.resize(limit)
+        self.keep_within_limit()
 
     @rule(session=SESSIONS)
     def forget(self, session: SessionKey) -> None:

@@ -1,4 +1,4 @@
-"""Replicas that leave while tasks run there and wait for them (ORCH-3154, ORCH-3158), and policies that change."""
+"""Replicas that leave while tasks run there and wait for them (ORCH-3154, ORCH-3158)."""
 
 from dataclasses import replace
 
@@ -6,12 +6,11 @@ import pytest
 
 from llorch.domain import events as ev
 from llorch.domain.faults import DRAINED, MOVED
-from llorch.domain.ledger import Ledger, SessionLimits
-from llorch.domain.policy import NO_QUOTA, Order, PreemptionPolicy, Quota, Rate
+from llorch.domain.policy import PreemptionPolicy
 from llorch.domain.pool import Replica, ReplicaState
-from llorch.domain.task import Fault
+from llorch.domain.task import Fault, WaitReason
 from llorch.errors import Canceled
-from tests.unit.domain.desk import BATCH, INTERACTIVE, LOST, Desk, replica
+from tests.unit.domain.desk import BATCH, LOST, Desk, key, replica
 
 DRAINING = ReplicaState.DRAINING
 BROKEN_OFF = Fault(Canceled, "told to stop")
@@ -137,88 +136,65 @@ def test_cancel_of_a_task_that_is_being_moved_ends_it_once() -> None:
     assert desk.end("a", BROKEN_OFF, attempt_id=number) == []
 
 
-# Policies
+def test_moved_attempt_that_falls_silent_speaks_against_its_replica_and_its_task_goes_on() -> None:
+    desk = Desk(replica("r0"), replica("r1"))
+    desk.submit("a")
+    vacate(desk)
+    assert desk.stall("a") == []
+    assert desk.scheduler.fleet.ready_count == 1
+    assert desk.end("a", BROKEN_OFF) == ["requeue a", "start a on r1/0"]
 
 
-def reconfigured(desk: Desk, **queue: object) -> list[str]:
-    policy = desk.scheduler.policy
-    return desk.handle(ev.ConfigChanged(replace(policy, queue=replace(policy.queue, **queue))))  # type: ignore[arg-type]
+def test_moved_task_that_ran_to_its_end_all_the_same_has_succeeded() -> None:
+    desk = Desk(replica("r0"), replica("r1"))
+    desk.submit("a")
+    vacate(desk)
+    assert desk.end("a") == ["finish a succeeded"]
 
 
-def test_smaller_queue_keeps_what_waits_and_takes_nothing_until_it_fits() -> None:
-    """ORCH-3159."""
+def test_moved_task_whose_last_resort_goes_meanwhile_ends_as_drained() -> None:
+    desk = Desk(replica("r0"), replica("r1"))
+    desk.submit("a")
+    desk.change(leaving(replica("r0")))
+    vacate(desk)
+    desk.handle(ev.ReplicaRemoved("r1"))
+    assert desk.end("a", BROKEN_OFF) == ["finish a failed POOL_UNAVAILABLE"]
+    assert desk.seen["a"].fault is DRAINED
+
+
+def test_no_room_is_made_on_a_replica_that_starts_nothing() -> None:
+    """ORCH-3085: its slot would be of no use to the one that waits."""
+    desk = Desk(replica("r0"), replica("r1"), preemption=PreemptionPolicy(hard=True))
+    desk.submit("old", BATCH)
+    desk.submit("new", BATCH)
+    desk.change(leaving(replica("r1")))
+    assert desk.submit("urgent") == ["admit urgent at 0", "abort old on r0/0"]
+
+
+def test_no_cache_is_emptied_on_a_replica_that_is_gone() -> None:
+    desk = Desk(replica("r0"), replica("r1"))
+    desk.submit("a", session="s")
+    number = desk.attempt_of("a")
+    desk.handle(ev.SessionDeleted(key("s")))
+    desk.handle(ev.ReplicaRemoved("r0"))
+    assert desk.end("a", attempt_id=number) == []
+
+
+def test_lease_of_a_removed_replica_fills_a_slot_of_the_one_that_comes_under_its_id() -> None:
+    """ORCH-3140: whether a slot is free is decided by leases alone."""
     desk = Desk(replica("r0"))
-    for name in "abcd":
-        desk.submit(name)
-    assert reconfigured(desk, capacity=dict.fromkeys((INTERACTIVE, BATCH), 2)) == []
-    assert desk.waiting() == ["b", "c", "d"]
-    assert desk.submit("late") == ["reject late ADMISSION_REJECT"]
-    desk.end("a")
-    desk.end("b")
-    assert desk.submit("fits") == ["admit fits at 1"]
+    desk.submit("a")
+    desk.handle(ev.ReplicaRemoved("r0"))
+    desk.change(replica("r0"))
+    assert desk.submit("b") == ["admit b at 0"]
+    assert desk.end("a") == ["finish a succeeded", "start b on r0/0"]
 
 
-def test_other_order_holds_for_what_waits_already() -> None:
-    desk = Desk(replica("r0"))
-    desk.submit("runs")
-    desk.submit("late", deadline_s=500.0)
-    desk.submit("soon", deadline_s=100.0)
-    reconfigured(desk, order=Order.EDF)
-    assert desk.end("runs") == ["finish runs succeeded", "start soon on r0/0"]
-
-
-def test_other_weights_share_what_comes_and_settle_what_ran() -> None:
-    desk = Desk(replica("r0", slots=2))
-    for number in range(12):
-        desk.submit(f"a{number}", tenant="a")
-        desk.submit(f"b{number}", tenant="b")
-    reconfigured(desk, weights={"a": 3.0})
-    starts: list[str] = []
-    for _ in range(8):
-        name = next(iter(desk.running()))
-        desk.tokens(name, 16)
-        starts += [line.split()[1][0] for line in desk.end(name) if line.startswith("start")]
-    assert starts.count("a") == 6, starts
-
-
-def test_wall_timeout_of_the_new_policy_holds_for_new_attempts() -> None:
-    desk = Desk(replica("r0"))
-    desk.submit("old")
-    desk.handle(ev.ConfigChanged(replace(desk.scheduler.policy, wall_s=5.0)))
-    assert desk.after(6.0) == []
-    desk.end("old")
-    desk.submit("new")
-    assert desk.after(6.0) == ["finish new failed DECODE_TIMEOUT", "abort new on r0/0"]
-
-
-# Quotas
-
-
-def test_tenant_whose_quota_was_raised_goes_on_and_one_left_alone_keeps_its_rate() -> None:
-    """ORCH-3251."""
-    slow = Quota(rate={INTERACTIVE: Rate(per_s=0.001, burst=1)})
-    ledger = Ledger(SessionLimits(), {"acme": Quota(max_concurrent=1), "calm": slow})
-    desk = Desk(replica("r0", slots=3), ledger=ledger)
-    desk.submit("one")
-    desk.submit("two")
-    desk.submit("calm", tenant="calm")
-    ledger.reconfigure({"acme": Quota(max_concurrent=2), "calm": slow}, NO_QUOTA, SessionLimits())
-    assert ledger.take_lifted() == ["acme"]
-    assert desk.handle(ev.LimitLifted("acme")) == ["start two on r0/2"]
-    assert desk.submit("again", tenant="calm") == ["reject again QUOTA_EXCEEDED"]
-    for name in ("one", "two"):
-        desk.end(name)
-    assert ledger.outstanding() == []
-
-
-def test_quota_that_goes_leaves_nothing_reserved() -> None:
-    ledger = Ledger(SessionLimits(), {"acme": Quota(max_queued=1, tokens_per_minute=1000)})
-    desk = Desk(replica("r0"), ledger=ledger)
-    desk.submit("runs")
-    desk.submit("waits")
-    ledger.reconfigure({}, NO_QUOTA, SessionLimits(turns=1))
-    assert desk.submit("more") == ["admit more at 1"]
-    for name in ("runs", "waits", "more"):
-        desk.end(name)
-    assert ledger.outstanding() == []
-    ledger.expire(10_000.0)
+def test_who_waits_for_removed_replicas_is_told_so() -> None:
+    desk = Desk(replica("r0"), replica("r1", state=ReplicaState.STARTING))
+    desk.submit("a")
+    desk.submit("b")
+    desk.handle(ev.ReplicaRemoved("r0"))
+    task = desk.seen["b"]
+    assert desk.scheduler.wait_reason(task) is WaitReason.NO_READY_REPLICA
+    assert desk.scheduler.predict(task, desk.now) == (None, None)

@@ -35,7 +35,7 @@ QUOTAS = {
     "other": Quota(max_concurrent=1, max_queued=4, tokens_per_minute=2000),
     "third": Quota(rate=dict.fromkeys(Priority, Rate(per_s=2.0, burst=3)), kv_tokens=60),
 }
-OTHER_QUOTAS = (
+OTHER_QUOTAS: tuple[dict[str, Quota], ...] = (
     QUOTAS,
     {"acme": Quota(max_concurrent=1), "other": Quota(max_concurrent=2, max_queued=2, tokens_per_minute=2000)},
     {"other": Quota(tokens_per_minute=500), "third": Quota(max_concurrent=1, kv_tokens=20)},
@@ -182,8 +182,9 @@ class Histories(RuleBasedStateMachine):
     def configure_anew(self, queue: QueuePolicy, preemption: PreemptionPolicy, wall_s: float, bindings: int) -> None:
         self.post(ev.Tick())  # what is due ends by that, and not by the change
         before = set(self.model.live)
-        new = {"queue": queue, "preemption": preemption, "wall_s": wall_s, "bindings": bindings}
-        commands = self.post(ev.ConfigChanged(replace(self.model.policy, **new)))
+        known = self.model.policy
+        new = replace(known, queue=queue, preemption=preemption, wall_s=wall_s, bindings=bindings)
+        commands = self.post(ev.ConfigChanged(new))
         assert all(isinstance(command, ev.Start | ev.Abort) for command in commands), commands
         assert self.model.live.keys() == before
 
