@@ -512,7 +512,7 @@ class ReplicaProcess(Model):
     restarts: Annotated[
         StrictInt,
         Field(
-            description="How often it was started again after a failure.",
+            description="How often it failed, or could not be started, and was to be started again.",
             ge=0,
             le=9007199254740991,
         ),

@@ -87,7 +87,7 @@ def _process(replica: ReplicaHealth) -> str:
 
 def _failures(process: ReplicaProcess) -> Iterator[str]:
     if process.restarts:
-        yield f"{process.restarts} restart{'s' if process.restarts > 1 else ''}"
+        yield f"{process.restarts} failure{'s' if process.restarts > 1 else ''}"
     if process.breaker.value != "closed":
         yield f"breaker {process.breaker.value}"
 

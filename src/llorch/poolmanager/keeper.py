@@ -105,7 +105,7 @@ class Keeper:
         self._change(phase=Phase.STARTING, pid=None, next_start_s=None, load_s=None)
         try:
             checked = await self._site.preflight.check(self.order)
-            api_key = secrets.token_urlsafe(32)
+            api_key = secrets.token_hex(32)  # nothing in it can be taken for an option of a command
             command = command_for(self.order, host=self._site.address, port=checked.port, api_key=api_key)
         except Refusal as exc:
             self._refuse(exc.cause, exc.message, code=exc.code)

@@ -361,5 +361,5 @@ class Pools:
             devices=() if config.order is None else config.order.devices,
             kv_usage=None if watched.load is None else watched.load.kv_usage,
             node=config.node,
-            process=watched.launch,
+            process=watched.process,
         )

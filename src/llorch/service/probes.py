@@ -6,7 +6,7 @@ self-test where it must. What the news mean for tasks is the scheduler's.
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from llorch.domain.replica import Replica, ReplicaState, check_move
 from llorch.domain.task import Cohort
@@ -106,6 +106,7 @@ class Watched:
         self.engine = self._client()
         self._facts: EngineFacts | None = None
         self._cohort: Cohort | None = None
+        self._launched_at = 0.0
         self._poked = asyncio.Event()
         self.news = asyncio.Event()
         """Set at every change, for whoever waits for one; they clear it."""
@@ -155,9 +156,13 @@ class Watched:
         return self._fact(self.config.model_digest, self._facts.model_digest if self._facts else None)
 
     @property
-    def is_reachable(self) -> bool:
-        """There is an engine to be asked."""
-        return self.engine is not None and self.state not in (ReplicaState.STOPPED, ReplicaState.FAILED)
+    def process(self) -> LaunchReport | None:
+        """What its manager told last, as it is now: the time until the next start has run on."""
+        launch = self.launch
+        if launch is None or launch.next_start_s is None:
+            return launch
+        elapsed_s = self._clock.monotonic() - self._launched_at
+        return replace(launch, next_start_s=max(0.0, launch.next_start_s - elapsed_s))
 
     # What becomes of it
 
@@ -211,6 +216,7 @@ class Watched:
     def take_launch(self, report: LaunchReport) -> Engine | None:
         """Take over what its manager told; returns the client that is of no more use, to be closed."""
         before, self.launch = self.launch, report
+        self._launched_at = self._clock.monotonic()
         old = None
         if before is None or (report.incarnation, report.url) != (before.incarnation, before.url):
             self.failed_tests = 0

@@ -64,6 +64,7 @@ def test_engine_comes_up_and_nothing_is_left_of_it(tmp_path: Path, run: Run) -> 
             report = await watched.until(Phase.UP)
             assert report.url is not None
             assert report.api_key is not None
+            assert report.api_key.isalnum()  # one that began with a dash would be an option
             assert await ask(f"{report.url}/v1/models", api_key=report.api_key, timeout_s=5) == 200
             assert await ask(f"{report.url}/v1/models", api_key="another", timeout_s=5) == 401
             assert (report.generation, report.incarnation, report.restarts) == (7, 1, {})
