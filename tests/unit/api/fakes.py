@@ -10,14 +10,25 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from llorch.api.asgi import build_api
-from llorch.api.auth import KeyRecord, new_key
+from llorch.api.auth import NODE_PREFIX, KeyRecord, Keys, new_key
 from llorch.api.protocol import Protocol
 from llorch.domain.policy import FullPolicy
 from llorch.domain.pool import ReplicaState
 from llorch.domain.task import Budgets, Cohort, Priority, TaskState, WaitReason
-from llorch.errors import NotFound
-from llorch.service.inventory import Fact, LastError, PoolView, ReplicaHealth, ReplicaSetView
+from llorch.errors import LlorchError, NotFound
+from llorch.service.inventory import (
+    ConfigChange,
+    ConfigStatus,
+    Fact,
+    LastError,
+    PoolChange,
+    PoolView,
+    ReplicaHealth,
+    ReplicaSetView,
+)
+from llorch.service.launching import HostFacts, LaunchOrder, LaunchReport, Phase
 from llorch.service.limits import Limits
+from llorch.service.nodes import NodeConfig, NodeProcess, NodeState, NodeView, Orders, Registration
 from llorch.service.routes import Route, Routes
 from llorch.service.streams import Reader, TaskStream
 from llorch.service.submission import Acceptance, Placement, SessionView, Submission, TaskView, Timeline
@@ -25,6 +36,7 @@ from llorch.service.submission import Acceptance, Placement, SessionView, Submis
 TASK = "6f1d0c5e-3b52-4f6b-9a51-0c8f5f6d2a10"
 SESSION = "0b9f5a6c-77de-4c51-8f0e-5a3c2e1d4b60"
 DIGEST = "sha256:" + "b" * 64
+NODE, OTHER_NODE = "gpu-host", "gpu-host-2"
 
 ROUTE = Route(
     route_id="r",
@@ -188,21 +200,129 @@ class FakePools:
         return sum(r.state is ReplicaState.READY for view in self.pools for r in view.replicas)
 
 
+class FakeChanges:
+    """Begins every change at once, and remembers the deadline that it was given."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.begun: list[tuple[str, str, float | None]] = []
+        self.failure: LlorchError | None = None
+
+    def drain(self, pool_id: str, deadline_s: float | None) -> PoolChange:
+        return self._begin("drain", pool_id, deadline_s)
+
+    def reload(self, pool_id: str, deadline_s: float | None) -> PoolChange:
+        return self._begin("reload", pool_id, deadline_s)
+
+    def _begin(self, kind: str, pool_id: str, deadline_s: float | None) -> PoolChange:
+        if self.failure is not None:
+            raise self.failure
+        self.begun.append((kind, pool_id, deadline_s))
+        return PoolChange(kind, "running", 1763871900.0, replicas_total=1, running=1)
+
+
+class FakeConfigurations:
+    """A configuration of revision 1 whose changes go on for ever."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.begun: list[str] = []
+        self.failure: LlorchError | None = None
+        self.change: ConfigChange | None = None
+
+    def status(self) -> ConfigStatus:
+        return ConfigStatus(1, 1763871900.0, can_revert=False, change=self.change)
+
+    async def reload(self) -> ConfigStatus:
+        return self._begin("reload")
+
+    async def revert(self) -> ConfigStatus:
+        return self._begin("revert")
+
+    def _begin(self, kind: str) -> ConfigStatus:
+        if self.failure is not None:
+            raise self.failure
+        self.begun.append(kind)
+        self.change = ConfigChange("running", 1763871901.0, changed=("pools.small.slots",))
+        return self.status()
+
+
+LEASE = "6f1d0c5e-3b52-4f6b-9a51-0c8f5f6d2a77"
+ORDERS = Orders(LEASE, 10.0, 2.0, (LaunchOrder("small/0", "small", "llamacpp", "llamacpp", "m", None, None, 64, 1),), ())
+
+
+class FakeNodes:
+    """Lets every node join, and remembers what it told."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.registrations: list[tuple[Registration, str]] = []
+        self.renewals: list[tuple[str, str, HostFacts, Sequence[LaunchReport], str]] = []
+        self.left: list[tuple[str, str]] = []
+        self.failure: LlorchError | None = None
+
+    def register(self, registration: Registration, peer: str) -> Orders:
+        self._fail()
+        self.registrations.append((registration, peer))
+        return ORDERS
+
+    def renew(
+        self, node_id: str, lease_id: str, *, host: HostFacts, reports: Sequence[LaunchReport], peer: str
+    ) -> Orders:
+        self._fail()
+        self.renewals.append((node_id, lease_id, host, reports, peer))
+        return ORDERS
+
+    def leave(self, node_id: str, lease_id: str) -> None:
+        self._fail()
+        self.left.append((node_id, lease_id))
+
+    def list(self) -> Sequence[NodeView]:
+        return [node_view(), node_view("never", state=NodeState.ABSENT)]
+
+    def _fail(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+
+
+def node_view(node_id: str = NODE, *, state: NodeState = NodeState.JOINED) -> NodeView:
+    """A node as it is while it is joined, or before it ever was."""
+    if state is not NodeState.JOINED:
+        return NodeView(node_id, state, None, None, None, None, None, None, ())
+    processes = (NodeProcess("small/0", Phase.UP, 3),)
+    return NodeView(node_id, state, 1763871900.0, "boot", "1.0.0", "http://10.0.0.7", 7.5, HostFacts(), processes)
+
+
 class Edge:
-    """A whole edge over fakes, with the keys `admin`, `data`, `control` and `batch` (no interactive) unless keyless."""
+    """A whole edge over fakes, with the keys `admin`, `data`, `control` and `batch` (no interactive) unless keyless.
+
+    The nodes NODE and OTHER_NODE have the tokens of their names.
+    """
 
     def __init__(self, *, is_keyless: bool = False) -> None:
         self.tasks, self.sessions, self.pools = FakeTasks(), FakeSessions(), FakePools()
+        self.changes, self.configurations, self.nodes = FakeChanges(), FakeConfigurations(), FakeNodes()
         self.is_shutting_down = False
         self.keys: dict[str, str] = {}
-        records = () if is_keyless else self._make_keys()
+        self.key_records = () if is_keyless else self._make_keys()
+        self.node_records = self._make_tokens()
+        self.configured = Keys(self.key_records, self.node_records)
         self.app = build_api(
             tasks=self.tasks,
             sessions=self.sessions,
             pools=self.pools,
+            changes=self.changes,
+            configurations=self.configurations,
+            nodes=self.nodes,
             limits=Limits(body_bytes=4096, header_bytes=2048),
             metrics_text=lambda: b"tasks_enqueued_total 1.0\n",
-            keys=records,
+            keys=self.configured,
             is_shutting_down=lambda: self.is_shutting_down,
         )
 
@@ -211,6 +331,10 @@ class Edge:
         self.tasks.reset()
         self.sessions.reset()
         self.pools.reset()
+        self.changes.reset()
+        self.configurations.reset()
+        self.nodes.reset()
+        self.configured.replace(self.key_records, self.node_records)
         self.is_shutting_down = False
 
     def bearer(self, name: str) -> dict[str, str]:
@@ -223,6 +347,13 @@ class Edge:
             self.keys[name], sha256 = new_key()
             priorities = frozenset({Priority.BATCH}) if name == "batch" else frozenset(Priority)
             records.append(KeyRecord(name, sha256, f"tenant-{name}", frozenset(scopes), priorities))
+        return records
+
+    def _make_tokens(self) -> Sequence[NodeConfig]:
+        records = []
+        for name in (NODE, OTHER_NODE):
+            self.keys[name], sha256 = new_key(NODE_PREFIX)
+            records.append(NodeConfig(name, sha256, frozenset({"small"}), ()))
         return records
 
 

@@ -16,7 +16,16 @@ from llorch.api.exchange import exchange_of
 from llorch.api.problems import Problems
 from llorch.service.limits import Limits
 from llorch_contract.routes import ROUTES
-from tests.unit.api.fakes import Edge, FakePools, FakeSessions, FakeTasks, serving
+from tests.unit.api.fakes import (
+    Edge,
+    FakeChanges,
+    FakeConfigurations,
+    FakeNodes,
+    FakePools,
+    FakeSessions,
+    FakeTasks,
+    serving,
+)
 
 
 async def test_lifespan_is_entered_at_the_start_and_left_at_the_end() -> None:
@@ -32,8 +41,12 @@ async def test_lifespan_is_entered_at_the_start_and_left_at_the_end() -> None:
         tasks=FakeTasks(),
         sessions=FakeSessions(),
         pools=FakePools(),
+        changes=FakeChanges(),
+        configurations=FakeConfigurations(),
+        nodes=FakeNodes(),
         limits=Limits(),
         metrics_text=lambda: b"",
+        keys=Keys(),
         lifespan=lifespan,
     )
     async with serving(app):

@@ -19,12 +19,12 @@ from tests.unit.service.house import House, route, settle
 STATED = Fact("v1", "stated")
 
 
-def watched(engine: FakeEnginePort, slots: int = 1, **facts: Fact) -> Watched:
+def watched(engine: FakeEnginePort, slots: int = 1, **facts: Any) -> Watched:
     config = ReplicaConfig("r0", Pool("p", route(ctx=1024)), engine, slots, **facts)
     return Watched(config, FakeClock())
 
 
-async def probed(engine: FakeEnginePort, slots: int = 1, **facts: Fact) -> Watched:
+async def probed(engine: FakeEnginePort, slots: int = 1, **facts: Any) -> Watched:
     made = watched(engine, slots, **facts)
     await made.probe()
     return made
