@@ -519,6 +519,14 @@ class Node(Settings):
             min_length=1,
         ),
     ] = ["127.0.0.0/8", "::1/128"]
+    ca: Annotated[
+        StrictStr | None,
+        Field(
+            description="File in PEM with the certificates that those of its relays are checked against; those of the system when absent.",
+            max_length=4096,
+            min_length=1,
+        ),
+    ] = None
 
 
 class Sessions(Settings):

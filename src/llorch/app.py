@@ -434,5 +434,5 @@ def _connect(replica: ReplicaConfig, url: str, api_key: str | None) -> LlamaCppE
         url,
         api_key=api_key,
         timeouts=Timeouts(connect_s=timeouts.connect_s, first_byte_s=timeouts.first_byte_s, idle_s=timeouts.idle_s),
-        ssl_context=ssl.create_default_context() if url.startswith("https:") else None,
+        ssl_context=ssl.create_default_context(cafile=replica.ca_file) if url.startswith("https:") else None,
     )

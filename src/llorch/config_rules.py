@@ -4,6 +4,7 @@ It judges a document that the schema has judged before: parts of a wrong form ar
 it finds becomes problems of the document. How replicas are run is judged in `config_replicas`.
 """
 
+import ssl
 from collections.abc import Iterable, Iterator
 from ipaddress import ip_address, ip_network
 from pathlib import Path as FilePath
@@ -129,7 +130,7 @@ class _Rules:
         return hint(tenant.name, known, "name the tenant of a key, or add a key (`llorch keys new`)")
 
     def _check_nodes(self) -> None:
-        """1. Address ranges are some. 2. Pools exist."""
+        """1. Address ranges are some. 2. Pools exist. 3. Certificates can be read."""
         known = [pool.id for _, pool in self._pools]
         for path, node in self._nodes:
             for index, network in enumerate(node.networks):
@@ -140,6 +141,8 @@ class _Rules:
             for index, name in unknown if self._is_whole("pools", self._pools) else ():
                 message = f"no such pool; {hint(name, known, 'name a pool of this file, or remove it')}"
                 self._document.complain((*path, "pools", index), message)
+            if node.ca is not None and not _has_certificates(node.ca):
+                self._document.complain((*path, "ca"), "there is no such file, or it has no certificates in PEM")
 
     # The server
 
@@ -158,6 +161,13 @@ class _Rules:
     def _server(self) -> dict[str, Any]:
         written = self._document.values.get("server")
         return written if isinstance(written, dict) else {}
+
+
+def _has_certificates(file: str) -> bool:
+    try:
+        return ssl.create_default_context(cafile=file).cert_store_stats()["x509"] > 0
+    except OSError:
+        return False
 
 
 def _differences(one: BaseModel, other: BaseModel, names: Iterable[str]) -> list[str]:

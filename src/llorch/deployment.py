@@ -13,6 +13,7 @@ from llorch.settings import launch_orders, replica_id_of, route_id_of, route_pol
 def deployment_of(settings: config.Settings) -> Deployment:
     """What the configuration makes of the service; `source` is the configuration itself."""
     pools = {pool.id: service_pool(settings, pool) for pool in settings.pools}
+    authorities = {node.id: node.ca for node in settings.nodes}
     orders = {order.replica_id: (node, order) for node, order in launch_orders(settings)}
     replicas: list[ReplicaConfig] = []
     for configured in settings.pools:
@@ -34,6 +35,7 @@ def deployment_of(settings: config.Settings) -> Deployment:
                     url=replica.url,
                     api_key=replica.api_key.get_secret_value() if replica.api_key else None,
                     timeouts=_timeouts(configured.timeouts),
+                    ca_file=None if node is None else authorities[node],
                     rank=len(replicas),
                 )
             )

@@ -355,6 +355,10 @@ def on_node(node: str, nodes: str) -> str:
             "4: nodes[0].networks[1]: expected an address range, as 10.0.0.0/8, with no bit set behind the prefix",
         ),
         (
+            f"nodes:\n  - id: n\n    {NODE}\n    ca: {SECRET}\n",
+            "4: nodes[0].ca: there is no such file, or it has no certificates in PEM",
+        ),
+        (
             f"nodes:\n  - id: n\n    {NODE}\n    networks: [{SECRET}]\n",
             "4: nodes[0].networks[0]: expected an address range, as 10.0.0.0/8, with no bit set behind the prefix",
         ),

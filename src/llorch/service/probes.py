@@ -65,6 +65,8 @@ class ReplicaConfig:
     url: str | None = None
     api_key: str | None = field(default=None, repr=False)
     timeouts: EngineTimeouts = field(default_factory=EngineTimeouts)
+    ca_file: str | None = None
+    """Certificates that the engine's is checked against where it speaks TLS; None: those of the system."""
     rank: int = 0
 
 
@@ -195,7 +197,7 @@ class Watched:
 
         A client that is replaced goes on with what it has under way, and drops its connections as they grow old.
         """
-        is_other = config.timeouts != self.config.timeouts
+        is_other = (config.timeouts, config.ca_file) != (self.config.timeouts, self.config.ca_file)
         self.config = config
         if is_other and self.engine is not None:
             self.engine = self._client()
