@@ -64,11 +64,12 @@ define section
 @printf '\n==== %s\n' '$(1)'
 endef
 
-.PHONY: help setup tiny-model serve test lint types layers contract unit journeys prove bench bench-setup regen lock clean
+.PHONY: help setup tiny-model serve test lint types layers contract unit journeys chaos prove bench bench-setup regen lock clean
 
 help:
 	@echo "make serve        set up and run llorch with the demonstration model on 127.0.0.1:8080"
 	@echo "make test         set up and run every gate: lint, types, layers, contract, unit, journeys (each a target too)"
+	@echo "make chaos        every fault of engines, hosts and changes under load, the long forms, too"
 	@echo "make prove        what is statistical or long: marked tests, the benchmark, and every bar in one table"
 	@echo "make bench        llorch beside vllm-router and LiteLLM against one fake engine; the queue's operations"
 	@echo "make setup        .venv with everything locked, the local engine and the models (other targets call it)"
@@ -142,6 +143,10 @@ journeys: setup
 	$(call section,journeys: behave; first that no step is undefined)
 	@$(BIN)/behave --dry-run --format null --no-summary
 	@$(BIN)/behave
+
+chaos: setup
+	$(call section,chaos: pytest tests/chaos; the long forms, too)
+	@$(PYTHON) -m pytest tests/chaos -p no:xdist -m "chaos or not chaos" -s
 
 # Every part runs, whatever became of those before it; the table of all bars comes last.
 prove: setup bench-setup

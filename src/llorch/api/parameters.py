@@ -33,6 +33,7 @@ class Parameters:
             for name, argument, validate in _compile_all(parameters, "header")
         ]
         self._absent = {p.argument: p.schema.get("default") for p in parameters if p.argument and not p.required}
+        self._needed = [(p.name, p.argument) for p in parameters if p.argument and p.required and p.location != "path"]
 
     def read(self, path: Mapping[str, str], query_string: bytes, headers: Mapping[bytes, bytes]) -> dict[str, Any]:
         """The handler's keyword arguments. Raises SchemaFault."""
@@ -47,6 +48,9 @@ class Parameters:
                 value = validate(text.decode("latin-1"))
                 if argument is not None:
                     arguments[argument] = value
+        for name, argument in self._needed:
+            if argument not in arguments:
+                raise fault_at(name, "is required")
         return arguments
 
     def _read_query(self, query_string: bytes, arguments: dict[str, Any]) -> None:

@@ -252,7 +252,9 @@ class FakeConfigurations:
 
 
 LEASE = "6f1d0c5e-3b52-4f6b-9a51-0c8f5f6d2a77"
-ORDERS = Orders(LEASE, 10.0, 2.0, (LaunchOrder("small/0", "small", "llamacpp", "llamacpp", "m", None, None, 64, 1),), ())
+ORDERS = Orders(
+    LEASE, 10.0, 2.0, (LaunchOrder("small/0", "small", "llamacpp", "llamacpp", "m", None, None, 64, 1),), ()
+)
 
 
 class FakeNodes:

@@ -1,12 +1,16 @@
 """Every operation reaches its use case and answers in the contract's form."""
 
+from typing import Any
+
+import pytest
 from pydantic import BaseModel
 
 from llorch.domain.pool import ReplicaState
 from llorch.domain.task import Budgets, TaskState
+from llorch.errors import Conflict, Forbidden, InvalidParams, LlorchError, NotFound, PoolUnavailable
 from llorch_contract import models
 from tests.unit.api.conftest import Client
-from tests.unit.api.fakes import SESSION, TASK, pool, replica
+from tests.unit.api.fakes import LEASE, NODE, SESSION, TASK, pool, replica
 
 READS: list[tuple[str, type[BaseModel]]] = [
     ("/v1/tasks", models.TaskList),
@@ -15,6 +19,8 @@ READS: list[tuple[str, type[BaseModel]]] = [
     ("/v1/pools", models.PoolList),
     ("/v1/pools/small/health", models.PoolHealth),
     ("/v1/replica-sets", models.ReplicaSetList),
+    ("/v1/config", models.ConfigStatus),
+    ("/v1/nodes", models.NodeList),
     ("/v1/capabilities", models.Capabilities),
     ("/healthz", models.Liveness),
     ("/readyz", models.Readiness),
@@ -88,3 +94,143 @@ async def test_metrics_are_prometheus_text(client: Client) -> None:
     response = await client.get("/metrics")
     assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
     assert response.content == b"tasks_enqueued_total 1.0\n"
+
+
+# Changes of pools
+
+ANY_BODY: list[tuple[dict[str, Any], float | None]] = [
+    ({}, None),
+    ({"json": {}}, None),
+    ({"json": {"deadline_ms": 0}}, 0.0),
+    ({"json": {"deadline_ms": 1500}}, 1.5),
+    ({"headers": {"Content-Length": "0"}}, None),
+    ({"headers": {"Content-Type": "application/json"}}, None),
+]
+
+
+@pytest.mark.parametrize("kind", ["drain", "reload"])
+async def test_change_of_a_pool_is_begun_with_and_without_a_body(client: Client, kind: str) -> None:
+    """ORCH-2101, ORCH-2102: without a deadline it is the pool's own."""
+    for request, _ in ANY_BODY:
+        response = await client.post(f"/v1/pools/small/{kind}", **request)
+        change = models.PoolChange.model_validate_json(response.content)
+        assert (response.status_code, change.kind, change.state) == (202, kind, "running"), request
+        assert change.started_at == "2025-11-23T04:25:00.000Z"
+    assert client.edge.changes.begun == [(kind, "small", deadline_s) for _, deadline_s in ANY_BODY]
+
+
+@pytest.mark.parametrize("kind", ["drain", "reload"])
+async def test_body_of_a_change_that_is_no_such_request_begins_nothing(client: Client, kind: str) -> None:
+    """ORCH-2045: a body that may be left out is checked when it is there."""
+    json_type = {"Content-Type": "application/json"}
+    for content, headers, status in (
+        (b"null", json_type, 400),
+        (b"[]", json_type, 400),
+        (b" ", json_type, 400),
+        (b'{"deadline_ms": -1}', json_type, 400),
+        (b'{"deadline_ms": 86400001}', json_type, 400),
+        (b'{"deadline_ms": null}', json_type, 400),
+        (b'{"deadline": 1}', json_type, 400),
+        (b"{}", {"Content-Type": "text/plain"}, 415),
+        (b"{}", {}, 415),
+    ):
+        response = await client.post(f"/v1/pools/small/{kind}", content=content, headers=headers)
+        assert response.status_code == status, (content, headers)
+    assert client.edge.changes.begun == []
+
+
+async def test_why_a_change_is_refused_is_told(client: Client) -> None:
+    """ORCH-2101, ORCH-2102."""
+    refusals: list[tuple[LlorchError, int]] = [
+        (NotFound("no such pool"), 404),
+        (Conflict("another change is under way", pool_id="small"), 409),
+        (PoolUnavailable("shutting down", policy_label="shutdown"), 503),
+    ]
+    for failure, status in refusals:
+        client.edge.changes.failure = failure
+        for kind in ("drain", "reload"):
+            response = await client.post(f"/v1/pools/small/{kind}")
+            problem = models.Problem.model_validate_json(response.content)
+            assert (response.status_code, problem.code, problem.pool_id) == (status, failure.code, failure.pool_id)
+
+
+# The configuration
+
+
+async def test_change_of_the_configuration_is_begun_and_seen(client: Client) -> None:
+    """ORCH-3031."""
+    assert (await client.get("/v1/config")).json()["change"] is None
+    for kind in ("reload", "revert"):
+        response = await client.post(f"/v1/config/{kind}")
+        status = models.ConfigStatus.model_validate_json(response.content)
+        assert status.change is not None
+        assert (response.status_code, status.revision, status.change.state) == (202, 1, "running")
+        assert status.change.changed == ["pools.small.slots"]
+    assert client.edge.configurations.begun == ["reload", "revert"]
+    assert (await client.get("/v1/config")).json()["change"]["state"] == "running"
+
+
+async def test_configuration_that_cannot_be_used_is_refused_with_what_is_wrong(client: Client) -> None:
+    """ORCH-3031."""
+    client.edge.configurations.failure = InvalidParams("needs a restart", details={"choices": ["server.listen"]})
+    refused = await client.post("/v1/config/reload")
+    assert (refused.status_code, refused.json()["details"]) == (422, {"choices": ["server.listen"]})
+    client.edge.configurations.failure = Conflict("a change is under way")
+    assert (await client.post("/v1/config/revert")).status_code == 409
+
+
+# Nodes
+
+HOST = {"gpus": [], "ram_total_bytes": 8, "ram_available_bytes": 4, "driver_resets": 0}
+
+
+async def test_node_joins_renews_and_leaves(client: Client) -> None:
+    """ORCH-2105: from the address that its connection has."""
+    headers, path = client.edge.bearer(NODE), f"/v1/nodes/{NODE}"
+    joining = {"boot_id": "b1", "manager_version": "1.0.0", "address": "10.0.0.7", "host": HOST, "replicas": []}
+    joined = await client.put(path, json=joining, headers=headers)
+    orders = models.NodeOrders.model_validate_json(joined.content)
+    assert (orders.lease_id, orders.lease_ms, orders.heartbeat_ms) == (LEASE, 10_000, 2_000)
+    assert [order.replica_id for order in orders.wanted] == ["small/0"]
+    renewed = await client.post(
+        f"{path}/heartbeat", json={"lease_id": LEASE, "host": HOST, "replicas": []}, headers=headers
+    )
+    assert renewed.json() == joined.json()
+    assert (await client.delete(path, params={"lease_id": LEASE}, headers=headers)).status_code == 204
+    nodes = client.edge.nodes
+    [(registration, peer)] = nodes.registrations
+    [(node_id, lease_id, host, reports, renewing_peer)] = nodes.renewals
+    assert (registration.node_id, registration.boot_id, registration.address) == (NODE, "b1", "10.0.0.7")
+    assert (peer, renewing_peer) == ("127.0.0.1", "127.0.0.1")
+    assert (node_id, lease_id, host.ram_total_bytes, host.ram_available_bytes, reports) == (NODE, LEASE, 8, 4, ())
+    assert nodes.left == [(NODE, LEASE)]
+
+
+async def test_node_that_cannot_be_let_in_is_told_why(client: Client) -> None:
+    """ORCH-2105, ORCH-2109."""
+    headers, path = client.edge.bearer(NODE), f"/v1/nodes/{NODE}/heartbeat"
+    body = {"lease_id": LEASE, "host": HOST, "replicas": []}
+    for failure, status in (
+        (NotFound("no such node"), 404),
+        (Forbidden("not from there"), 403),
+        (Conflict("the lease is over"), 409),
+        (InvalidParams("another version"), 422),
+    ):
+        client.edge.nodes.failure = failure
+        assert (await client.post(path, json=body, headers=headers)).status_code == status
+        left = await client.delete(f"/v1/nodes/{NODE}", params={"lease_id": LEASE}, headers=headers)
+        assert left.json()["code"] == failure.code
+
+
+async def test_node_that_leaves_has_to_say_which_lease(client: Client) -> None:
+    """ORCH-2105."""
+    refused = await client.delete(f"/v1/nodes/{NODE}", headers=client.edge.bearer(NODE))
+    assert (refused.status_code, refused.json()["details"]["path"]) == (400, "/lease_id")
+
+
+async def test_nodes_are_listed_whether_they_came_or_not(client: Client) -> None:
+    """ORCH-2105."""
+    joined, never = models.NodeList.model_validate_json((await client.get("/v1/nodes")).content).nodes
+    assert (joined.node_id, joined.state, joined.lease_remaining_ms) == (NODE, "joined", 7500)
+    assert [(p.replica_id, p.phase, p.incarnation) for p in joined.replicas] == [("small/0", "up", 3)]
+    assert (never.state, never.since, never.host, never.replicas) == ("absent", None, None, [])

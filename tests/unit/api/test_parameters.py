@@ -9,11 +9,20 @@ from tests.unit.api.conftest import Client
 from tests.unit.api.fakes import SESSION, TASK
 
 LIST = Parameters(next(route for route in ROUTES if route.operation_id == "list_tasks").parameters)
+LEAVE = Parameters(next(route for route in ROUTES if route.operation_id == "leave_node").parameters)
 STREAM = Parameters(next(route for route in ROUTES if route.operation_id == "stream_task").parameters)
 
 
 def test_absent_parameters_have_their_defaults() -> None:
     assert LIST.read({}, b"", {}) == {"state": None, "session_id": None, "limit": 50, "cursor": None}
+
+
+def test_parameter_that_is_needed_has_to_be_given() -> None:
+    """ORCH-2046."""
+    assert LEAVE.read({"node_id": "n"}, b"lease_id=a-1", {}) == {"node_id": "n", "lease_id": "a-1"}
+    with pytest.raises(SchemaFault) as caught:
+        LEAVE.read({"node_id": "n"}, b"", {})
+    assert caught.value.details == {"path": "/lease_id", "reason": "is required"}
 
 
 def test_given_parameters_have_their_types() -> None:

@@ -23,7 +23,8 @@ GENERATED = REPOSITORY / "generated"
 
 OPERATION_IDS = {
     *("create_task", "list_tasks", "get_task", "stream_task", "cancel_task", "get_session", "delete_session"),
-    *("list_pools", "get_pool_health", "list_replica_sets", "get_capabilities"),
+    *("list_pools", "get_pool_health", "drain_pool", "reload_pool", "list_replica_sets", "get_capabilities"),
+    *("get_config", "reload_config", "revert_config", "list_nodes", "register_node", "renew_node", "leave_node"),
     *("get_liveness", "get_readiness", "get_metrics"),
 }
 
