@@ -42,7 +42,7 @@ class LlorchProcess(Process):
         super().__init__(arguments, log=directory / f"{name}.log", environment={**port, **(environment or {})}, cwd=cwd)
 
     def wait_ready(self, replicas: int = 1) -> None:
-        """Return when that many replicas are Ready. Raises AssertionError with the log when that does not come."""
+        """Return when that many replicas are Ready (0: when it answers). Raises AssertionError with the log."""
         until = time.monotonic() + START_S
         with httpx.Client(base_url=self.url, timeout=10, verify=NO_TLS) as http:
             while not _is_ready(http, replicas):
@@ -97,9 +97,11 @@ def make_pool(*engines: FakeEngineProcess | LlamaCppProcess, pool_id: str = "", 
 
 def _is_ready(http: httpx.Client, replicas: int) -> bool:
     try:
-        response = http.get("/readyz")
+        response = http.get("/readyz" if replicas else "/healthz")
     except httpx.TransportError:
         return False
+    if not replicas:
+        return response.status_code == 200
     return response.status_code == 200 and response.json()["replicas_ready"] >= replicas
 
 

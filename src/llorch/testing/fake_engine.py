@@ -310,6 +310,8 @@ class FakeEngine:
         elif path == "/v1/models":
             entry = {"id": self.model, "object": "model", "owned_by": "llorch", "max_model_len": self.ctx}
             connection.answer(200, {"object": "list", "data": [entry]})
+        elif path == "/slots" and is_native and self.faults.slots_status is not None:
+            connection.answer(self.faults.slots_status, {"error": {"message": "no metrics", "type": "server_error"}})
         elif path == "/slots" and is_native:
             slots = range(self.slots)
             connection.answer(200, [{"id": i, "n_ctx": self.ctx, "is_processing": i in self._busy} for i in slots])

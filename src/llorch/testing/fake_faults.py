@@ -28,6 +28,8 @@ class Faults:
     error_status: int | None = None
     """Generations are refused with this status."""
     error_body: dict[str, Any] | None = None
+    slots_status: int | None = None
+    """What is asked of the slots is answered with this status."""
     stall: bool = False
     """Generations are accepted and never answered."""
     close_after: int | None = None
