@@ -24,22 +24,24 @@ _RESET = struct.pack("ii", 1, 0)
 
 
 class Wire:
-    """A relay from a free port of loopback to the host and port of `target`, a URL whose scheme `url` takes over.
+    """A relay to the host and port of `target`, a URL whose scheme `url` takes over.
+
+    It listens at `listen`, by default a free port of 127.0.0.1.
 
     Use it with `with`. A target that does not listen resets the connections to it, and an end that is closed or reset
     does the same to the other. Connections that stand when the wire is cut see neither bytes nor an end of either side
     until it is healed, and are reset then, as after a long silence; what was on its way is lost.
     """
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, *, listen: tuple[str, int] = ("127.0.0.1", 0)) -> None:
         address = urlsplit(target)
         assert address.hostname is not None, target
         assert address.port is not None, target
         self._target = (address.hostname, address.port)
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=_BACKLOG)
+        self._listener = socket.create_server(listen, backlog=_BACKLOG)
         self._listener.setblocking(False)
         self.port: int = self._listener.getsockname()[1]
-        self.url = f"{address.scheme}://127.0.0.1:{self.port}"
+        self.url = f"{address.scheme}://{listen[0]}:{self.port}"
         self.connections_made = 0
         self.bytes_passed = 0
         """In both directions."""

@@ -17,6 +17,7 @@ from structlog.typing import FilteringBoundLogger
 from llorch.client.errors import ApiError, ClientError
 from llorch.errors import LaunchError
 from llorch.poolmanager.relay import Relay
+from llorch.poolmanager.shielding import to_the_end
 from llorch.service.launching import HostFacts, LaunchReport, Manager, Phase
 from llorch.service.nodes import Orders, Registration
 
@@ -70,7 +71,7 @@ class NodeIdentity:
 class Agent:
     """Runs a node until it is cancelled. `supervise` makes the supervisor, whose reports go where it is told.
 
-    Raises LaunchError when the server says that this node may never join.
+    Raises LaunchError when the server says that this node may never join, or when `listen` is no address of this host.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class Agent:
                     orders = await self._join(keeper)
                     await self._hold(keeper, orders)
             finally:
-                await asyncio.shield(self._leave())
+                await to_the_end(self._leave())
 
     # The lease
 
@@ -129,9 +130,12 @@ class Agent:
 
     async def _hold(self, keeper: Keeper, orders: Orders) -> None:
         """Renew until the server says that the lease is over."""
-        retry_s = FIRST_RETRY_S
+        retry_s: float | None = None
         while True:
-            await self._wait_news(orders.heartbeat_s)
+            if retry_s is None:
+                await self._wait_news(orders.heartbeat_s)
+            else:
+                await asyncio.sleep(retry_s)
             sent_at = asyncio.get_running_loop().time()
             try:
                 orders = await self._home.renew(
@@ -145,11 +149,10 @@ class Agent:
             except ClientError as error:
                 self._log.warning("heartbeat_failed", node=self._identity.node_id, reason=str(error))
             else:
-                retry_s = FIRST_RETRY_S
+                retry_s = None
                 await self._obey(keeper, orders, sent_at)
                 continue
-            await asyncio.sleep(retry_s)
-            retry_s = min(2 * retry_s, LAST_RETRY_S)
+            retry_s = FIRST_RETRY_S if retry_s is None else min(2 * retry_s, LAST_RETRY_S)
 
     async def _wait_news(self, heartbeat_s: float) -> None:
         with suppress(TimeoutError):
@@ -177,8 +180,7 @@ class Agent:
         wanted = {order.replica_id for order in orders.wanted}
         for order in orders.wanted:
             if order.replica_id not in self._relays:
-                self._relays[order.replica_id] = relay = Relay(tls=self._tls)
-                await relay.listen(self._identity.listen)
+                self._relays[order.replica_id] = await self._open_relay()
             keeper.want(order)
         for replica_id in [known for known in self._relays if known not in wanted]:
             keeper.release(replica_id)
@@ -187,6 +189,14 @@ class Agent:
         for replica_id in [known for known in self._reports if known not in wanted]:
             if self._reports[replica_id].phase is Phase.STOPPED:
                 await self._forget(replica_id)
+
+    async def _open_relay(self) -> Relay:
+        relay, listen = Relay(tls=self._tls), self._identity.listen
+        try:
+            await relay.listen(listen)
+        except OSError as error:
+            raise LaunchError(f"Engines cannot be offered at {listen}: {error.strerror or error}") from error
+        return relay
 
     async def _forget(self, replica_id: str) -> None:
         """The server has heard that it is gone."""

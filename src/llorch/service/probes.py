@@ -238,13 +238,13 @@ class Watched:
     def _follow(self, report: LaunchReport, *, is_up: bool) -> None:
         """Be in the state that the process leaves; while it is up, the probes say which."""
         state = self.state
-        if state in (ReplicaState.DRAINING, ReplicaState.STOPPED):
+        if state is ReplicaState.DRAINING:
             return
-        if is_up:
-            if state is ReplicaState.FAILED:
-                self.move(ReplicaState.STARTING)
-        elif report.phase is Phase.STOPPED:
+        if report.phase is Phase.STOPPED:
             self.move(ReplicaState.STOPPED)
+        elif is_up:
+            if state.is_gone:
+                self.move(ReplicaState.STARTING)
         elif report.phase is Phase.WAITING and report.cause is Cause.GPU:
             self.move(ReplicaState.FAILED)  # ORCH-3018: tasks are not to wait for a GPU that is not there
         elif state is not ReplicaState.FAILED:
