@@ -296,48 +296,6 @@ def test_status_as_a_table_cuts_nothing_in_a_pipe(server: ScriptedServer) -> Non
     assert row.split() == [TASK_ID, "running", "batch", "tiny", "2025-11-23T04:25:00Z"]
 
 
-def _serve_pools(server: ScriptedServer) -> tuple[dict[str, Any], dict[str, Any]]:
-    counts = dict.fromkeys(("starting", "loading", "unready", "draining", "stopped", "failed"), 0)
-    pool = {
-        "id": "small",
-        "route": {"engine": "llamacpp", "model": "tiny", "quant": None, "ctx": 2048, "sampler_profile_version": "v1"},
-        "allow_cpu": True, "notice": "CPU demonstration, not for production",
-        "queues": [
-            {"priority": "interactive", "capacity": 64, "full_policy": "reject", "depth": 3},
-            {"priority": "batch", "capacity": 64, "full_policy": "drop-lru", "depth": 0},
-        ],
-        "replicas": {**counts, "total": 1, "ready": 1},
-    }  # fmt: skip
-    error = {"code": "POOL_UNREADY", "message": "connection refused", "at": "2025-11-23T04:25:00Z"}
-    health = {
-        "pool_id": "small", "live": True, "ready": True, "draining": False, "last_error": error,
-        "notice": pool["notice"],
-        "replicas": [{
-            "replica_id": "small/0", "state": "ready", "slots": 2, "slots_busy": 1, "engine_version": "b6500",
-            "engine_version_source": "measured", "model_digest": None, "model_digest_source": "unverified",
-            "determinism": "best_effort", "allow_cpu": True, "last_error": error,
-        }],
-    }  # fmt: skip
-    server.on("GET", "/v1/pools", body({"pools": [pool]}))
-    server.on("GET", "/v1/pools/small/health", body(health))
-    return pool, health
-
-
-def test_pools_shows_health_slots_errors_and_the_cpu_notice(server: ScriptedServer) -> None:
-    _serve_pools(server)
-    shown = run(server, "pools").stdout
-    assert "interactive 3/64 (reject), batch 0/64 (drop-lru)" in shown
-    assert "1/2" in shown
-    assert "b6500 (measured)" in shown
-    assert "POOL_UNREADY: connection refused" in shown
-    assert "small: CPU demonstration, not for production" in shown
-
-
-def test_pools_json_is_one_object_a_pool(server: ScriptedServer) -> None:
-    pool, health = _serve_pools(server)
-    assert json.loads(run(server, "pools", "--json").stdout) == {"pool": pool, "health": health}
-
-
 def test_help_documents_every_exit_code() -> None:
     shown = CliRunner().invoke(cli, ["--help"]).stdout
     assert set(MEANINGS) == set(Exit)
