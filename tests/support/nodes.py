@@ -55,10 +55,9 @@ class ManagerProcess(Process):
 
 def count_busy(engine: psutil.Process) -> int:
     """Slots of an engine that work, as it says itself on loopback, behind the back of relay and wires."""
-    key = engine.environ().get(KEY_VARIABLE)
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    headers = {"Authorization": f"Bearer {engine.environ().get(KEY_VARIABLE)}"}
     with httpx.Client(base_url=url_of(engine), headers=headers, verify=NO_TLS, timeout=10) as http:
-        if not key:
+        if "llorch.testing.fake_engine" in engine.cmdline():
             return int(http.get("/_fake").json()["running"])
         slots = http.get("/slots")
         assert slots.status_code == 200, slots.text

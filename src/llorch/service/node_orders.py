@@ -44,12 +44,14 @@ class NodeProcess(NamedTuple):
 class _Held:
     """A replica of the node. `order` is None once it is released and its process may not be gone yet.
 
-    `generation` is that of the newest order, which the service listens for; `restart` an incarnation to be ended.
+    `generation` is that of the newest order, which the service listens for; `may_run`: the node was told to run it, and
+    has not told that it does not; `restart` is an incarnation to be ended.
     """
 
     order: LaunchOrder | None
     generation: int
     last: LaunchReport
+    may_run: bool = False
     restart: tuple[int, Cause] | None = None
 
 
@@ -104,9 +106,8 @@ class NodeOrders:
         held = self._held.get(replica_id)
         if held is None:
             return
-        was_ordered_in_vain = self.state is NodeState.SILENT and held.last.phase is Phase.WAITING
         held.order = held.restart = None
-        if self.state is NodeState.ABSENT or was_ordered_in_vain:
+        if self.state is NodeState.ABSENT or (self.state is NodeState.SILENT and not held.may_run):
             self._stop(held)
 
     def restart(self, replica_id: str, incarnation: int, cause: Cause) -> None:
@@ -141,6 +142,7 @@ class NodeOrders:
         self.take(reports)
         told = {report.replica_id for report in reports}
         for replica_id, held in self._held.items():
+            held.may_run = replica_id in told
             if replica_id not in told and not self._is_withheld(held):
                 held.restart = None
                 self._note(held, self._pending(held))
@@ -175,10 +177,14 @@ class NodeOrders:
 
     # What the node is told, and what is known of it
 
-    def wanted(self) -> tuple[LaunchOrder, ...]:
-        """Everything that it is to run."""
-        orders = [held.order for held in self._held.values() if not self._is_withheld(held)]
-        return tuple(order for order in orders if order is not None)
+    def hand_out(self) -> tuple[LaunchOrder, ...]:
+        """Everything that it is to run; from now on it may be running that."""
+        orders: list[LaunchOrder] = []
+        for held in self._held.values():
+            if held.order is not None and not self._is_withheld(held):
+                held.may_run = True
+                orders.append(held.order)
+        return tuple(orders)
 
     def restarts(self) -> tuple[RestartOrder, ...]:
         """Everything that it is to end and start anew."""
@@ -233,7 +239,7 @@ class NodeOrders:
         """Its process is gone; a released replica is forgotten with it."""
         last = replace(told or held.last, phase=Phase.STOPPED, generation=held.generation)
         gone = replace(last, pid=None, url=None, api_key=None, next_start_s=None)
-        held.restart = None
+        held.may_run, held.restart = False, None
         self._note(held, gone, is_news=held.order is None)
         if held.order is None:
             del self._held[gone.replica_id]

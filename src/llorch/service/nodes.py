@@ -380,7 +380,7 @@ class Nodes:
         lease_id = node.lease.lease_id
         self._tell_news()
         heartbeat_s = self._lease_s / HEARTBEATS_PER_LEASE
-        return Orders(lease_id, self._lease_s, heartbeat_s, node.orders.wanted(), node.orders.restarts())
+        return Orders(lease_id, self._lease_s, heartbeat_s, node.orders.hand_out(), node.orders.restarts())
 
     def _tell_news(self) -> None:
         """In order, also when hearing it leads to more."""

@@ -247,6 +247,9 @@ def test_order_to_a_node_that_is_silent_waits_for_it(house: House) -> None:
     house.manager.want(order())
     assert house.last().phase is Phase.WAITING
     assert "has been silent since" in str(house.last().error)
+    house.manager.want(order("small/1"))
+    house.manager.release("small/1")
+    assert house.last().phase is Phase.STOPPED
     assert house.register().wanted == (order(),)
 
 
@@ -373,6 +376,19 @@ def test_pool_withdrawn_from_a_node_is_up_there_no_more(house: House) -> None:
     assert house.last().phase is Phase.WAITING
     assert house.renew(orders, up()).wanted == ()
     assert house.last().phase is Phase.WAITING
+
+
+def test_process_of_a_withdrawn_pool_is_not_taken_for_ended_while_its_node_is_silent(house: House) -> None:
+    house.manager.want(order())
+    house.register(up())
+    house.nodes.reconfigure([replace(GPU_2, pools=frozenset({"large"})), GPU_3])
+    house.clock.advance(LEASE_S)
+    house.manager.release("small/0")
+    assert Phase.STOPPED not in house.phases()
+    orders = house.register(up())
+    assert orders.wanted == ()
+    house.renew(orders)
+    assert house.last().phase is Phase.STOPPED
 
 
 @pytest.mark.parametrize(

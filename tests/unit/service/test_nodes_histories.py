@@ -16,7 +16,7 @@ from llorch.testing.clock import FakeClock
 LEASE_S = 10.0
 POOLS = ("small", "large")
 NODES = {"gpu-1": "10.0.0.1", "gpu-2": "10.0.0.2"}
-REPLICAS = {f"{pool}/{i}{plus}": node for pool in POOLS for i, node in enumerate(NODES) for plus in ("", "+")}
+REPLICAS = {f"{pool}/{i}": node for pool in POOLS for i, node in enumerate(NODES)}
 """Each replica has its node, as in a configuration."""
 
 NODE, REPLICA = st.sampled_from(sorted(NODES)), st.sampled_from(sorted(REPLICAS))
@@ -81,6 +81,7 @@ class NodeHistories(RuleBasedStateMachine):
         self.ids = count()
         self.leases: dict[str, float] = {}
         self.granting: str | None = None
+        self.leaving: str | None = None
         self.orders: dict[str, LaunchOrder] = {}
         self.pools = {node_id: frozenset(POOLS) for node_id in NODES}
         self.last: dict[str, LaunchReport] = {}
@@ -89,6 +90,8 @@ class NodeHistories(RuleBasedStateMachine):
             self.configs(), version="1.2.3", clock=self.clock, lease_s=LEASE_S, report=self.hear,
             new_id=lambda: f"lease-{next(self.ids)}",
         )  # fmt: skip
+        for replica_id in sorted(REPLICAS):
+            self.want(replica_id, 0)
 
     def configs(self) -> list[NodeConfig]:
         return [NodeConfig(name, name, self.pools[name], (f"{NODES[name]}/32",)) for name in NODES]
@@ -106,6 +109,9 @@ class NodeHistories(RuleBasedStateMachine):
             assert report.replica_id not in self.orders or self.may_run(report.replica_id)
         if before is not None:
             assert report.incarnation >= before.incarnation
+        if report.phase is Phase.STOPPED and self.leaving != node_id:
+            _, phase = self.hosts[node_id].processes.get(report.replica_id, (0, Phase.STOPPED))
+            assert phase is Phase.STOPPED
         self.last[report.replica_id] = report
 
     def granted(self, host: Host, orders: Orders) -> None:
@@ -146,12 +152,25 @@ class NodeHistories(RuleBasedStateMachine):
         self.granted(host, orders)
 
     @rule(node_id=NODE)
+    def everything_comes_up(self, node_id: str) -> None:
+        """A manager that gets through brings up all that it is told: what most of the time happens."""
+        for _ in range(2):
+            self.renew(node_id)
+            if self.hosts[node_id].lease_id == "none" or not self.is_leased(node_id):
+                self.register(node_id)
+            for replica_id in list(self.hosts[node_id].processes):
+                self.hosts[node_id].move(replica_id, Phase.UP)
+        self.renew(node_id)
+
+    @rule(node_id=NODE)
     def leave(self, node_id: str) -> None:
-        host = self.hosts[node_id]
+        host, self.leaving = self.hosts[node_id], node_id
         try:
             self.nodes.leave(node_id, host.lease_id)
         except Conflict:
             return
+        finally:
+            self.leaving = None
         assert self.is_leased(node_id)
         del self.leases[node_id]
         self.hosts[node_id] = Host(node_id, f"boot-{next(self.ids)}")
