@@ -118,6 +118,7 @@ class Service:
             lease_s=settings.node_lease_s,
             report=self._take_launch,
             new_id=lambda: str(uuid4()),
+            on_state=self._reporter.on_node,
         )
         self.pools = Pools(
             routes=Routes(deployment.routes.values()),

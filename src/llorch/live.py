@@ -19,7 +19,7 @@ from llorch.service.configurations import Deployment
 from llorch.service.dispatcher import Dispatcher
 from llorch.service.inventory import ConfigChange, PoolChange
 from llorch.service.launching import HostFacts, LaunchReport, Phase
-from llorch.service.nodes import NodeConfig, Nodes
+from llorch.service.nodes import NodeConfig, Nodes, NodeState
 from llorch.service.pools import Pools
 from llorch.service.probes import Watched
 from llorch.service.routes import Routes
@@ -138,6 +138,11 @@ class EngineReporter:
             ready_s=change.ready_s,
             reason=change.message,
         )
+
+    def on_node(self, node_id: str, state: NodeState) -> None:
+        """A node joined, fell silent, or left."""
+        write = self._log.warning if state is NodeState.SILENT else self._log.info
+        write("node_changed", node=node_id, state=state.value)
 
     def count_resets(self, hosts: Mapping[str, HostFacts]) -> None:
         """Count driver resets that hosts told of since they were last asked about."""

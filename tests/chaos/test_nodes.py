@@ -3,6 +3,7 @@
 ORCH-2105, ORCH-2107, ORCH-2108, ORCH-2109, ORCH-3304.
 """
 
+import asyncio
 import signal
 import subprocess
 import time
@@ -13,16 +14,22 @@ from typing import Any
 
 import pytest
 
+from llorch import __version__
+from llorch.client import NodeClient
+from llorch.client.errors import ApiError
+from llorch.service.launching import HostFacts, LaunchReport, Phase
+from llorch.service.nodes import Registration
 from tests.conftest import Processes
 from tests.support.deployment import started
+from tests.support.identities import ALICE
 from tests.support.load import KEEPING, Load, Want, fake_answer
 from tests.support.managed import HONEST, WARNINGS, Operator, fake, genuine_pool, pool, tiny
-from tests.support.nodes import BOUND, REACHED, Cable, ManagerProcess, node_entry, token_of
+from tests.support.nodes import BOUND, REACHED, Cable, ManagerProcess, count_busy, node_entry, token_of
 from tests.support.process_table import assert_none_left, engine_processes, wait_gone
 from tests.support.processes import wait_for
 from tests.support.service import LlorchProcess, make_config
 
-EXPECTED = (*WARNINGS, "engine_failed")
+EXPECTED = (*WARNINGS, "engine_failed", "node_changed")
 
 
 @pytest.fixture
@@ -86,7 +93,9 @@ def cut_and_heal(
     assert "fenced" in manager.events(), "the node cut its engines' connections by itself"
     assert ready_s < 10, ready_s
     assert report.outcomes["succeeded"] > 40, report
-    print(f"node cut for {cut_s:g} s: Ready {ready_s:.1f} s after the healing; {report.outcomes}")  # noqa: T201
+    moved = sum(line.get("event") == "task_requeued" for line in service.lines())
+    assert moved + report.outcomes.get("WORKER_RESET", 0) > 0, "tasks ran on the node when it was cut off"
+    print(f"node cut for {cut_s:g} s: Ready {ready_s:.1f} s after the healing; {report.outcomes}, {moved} moved")  # noqa: T201
     operator.close()
     assert manager.end() == 0
     assert_none_left(manager.pid, within_s=5)
@@ -110,6 +119,34 @@ def test_node_of_genuine_engines_is_cut_off_for_30_s(processes: Processes, ends:
     pools = [genuine_pool("near", tiny()), genuine_pool("far", on_node(tiny()), on_node(tiny()))]
     wants = [Want("tiny", max_tokens=(100, 400), prompts=["Once upon a time"])]
     cut_and_heal(processes, ends, pools, wants, lease_s=10.0, cut_s=30.0)
+
+
+def test_tasks_wait_for_a_node_that_is_cut_off_when_nobody_else_serves_their_route(
+    processes: Processes, ends: ExitStack
+) -> None:
+    """ORCH-2105: they are requeued or end honestly, and no client that submits meanwhile is left without an answer."""
+    service = serve(processes, pool("far", on_node(fake(2, token_interval_ms=5))))
+    operator = Operator(service)
+    cable = ends.enter_context(Cable(service.url))
+    manager = join(ends, processes.directory, cable.to_server.url, options=("--address", REACHED))
+    cable.reach(manager, 1)
+    service.wait_ready(1)
+    engines = engine_processes(manager.pid)
+    with Load(service.url, [Want("fake")], clients=6, allowed=(503,), may_fail=HONEST, oracle=fake_answer) as load:
+        load.wait_succeeded(10)
+        cable.cut()
+        wait_for(lambda: state_of(operator) == "silent", "the node is silent", 6)
+        done = load.report().outcomes["succeeded"]
+        wait_for(lambda: not any(map(count_busy, engines)), "the fence has ended every stale attempt", 2)
+        assert load.report().outcomes["succeeded"] == done
+        cable.heal()
+        load.wait_succeeded(20)
+        load.stop()
+    assert engine_processes(manager.pid) == engines
+    operator.close()
+    assert manager.end() == 0
+    assert_none_left(manager.pid, within_s=5)
+    service.stop()
 
 
 def test_killed_manager_takes_its_engines_along_and_the_next_one_starts_them_anew(
@@ -165,17 +202,19 @@ main()
 
 
 def test_manager_that_may_not_join_ends_with_one_clear_message(processes: Processes, ends: ExitStack) -> None:
-    """ORCH-2109, ORCH-3304: another version; a token that is not the node's; a node that is none; a foreign address."""
+    """ORCH-2109, ORCH-3304: another version, a foreign token, an address that is not its own."""
     service = serve(processes, pool("far", on_node(fake())))
     directory = processes.directory
     cases: list[tuple[str, dict[str, Any], str]] = [
         ("version", {"program": ("-c", SKEWED)}, "9.9.0"),
         ("token", {"token": "lln_" + "x" * 43}, "UNAUTHENTICATED"),
         ("other", {"node_id": "other", "token": token_of("far")}, "FORBIDDEN"),
+        ("key", {"token": ALICE.key}, "FORBIDDEN"),
         ("address", {"options": ("--address", "10.1.2.3")}, "10.1.2.3"),
+        ("listen", {"options": ("--listen", "192.0.2.1", "--address", REACHED)}, "192.0.2.1"),
     ]
-    for name, settings, words in cases:
-        manager = join(ends, directory, service.url, name=name, **settings)
+    managers = [join(ends, directory, service.url, name=name, **settings) for name, settings, _ in cases]
+    for manager, (name, _, words) in zip(managers, cases, strict=True):
         assert manager.wait(30) == 1, manager.text
         said = [line["text"] for line in manager.lines() if "text" in line]
         assert len(said) == 1, manager.text
@@ -183,7 +222,33 @@ def test_manager_that_may_not_join_ends_with_one_clear_message(processes: Proces
         assert "Traceback" not in manager.text
         assert token_of("far") not in manager.text
         if name == "version":
-            assert "0.1" in said[0], "both versions are named"
+            assert f"llorch {__version__}" in said[0], "both versions are named"
+        assert_none_left(manager.pid)
+    service.stop()
+
+
+def test_node_may_not_run_pools_of_others_nor_come_from_anywhere(processes: Processes, ends: ExitStack) -> None:
+    """ORCH-2108."""
+    nodes = [node_entry("far", pools=["far"]), node_entry("abroad", networks=["10.0.0.0/8"])]
+    service = processes.serve(
+        make_config([pool("near", fake()), pool("far", on_node(fake()))], nodes=nodes), expected=EXPECTED
+    )
+    abroad = join(ends, processes.directory, service.url, node_id="abroad", name="abroad")
+    assert abroad.wait(30) == 1
+    assert "may not join from 127.0.0.1" in abroad.text
+
+    async def register(replica_id: str) -> None:
+        """As a node that decides itself what it runs."""
+        report = LaunchReport(replica_id, 0, Phase.UP, 1, url=f"http://{BOUND}:9")
+        client = NodeClient(service.url, token_of("far"))
+        try:
+            await client.register(Registration("far", "boot", __version__, BOUND, HostFacts(), (report,)))
+        finally:
+            await client.aclose()
+
+    with pytest.raises(ApiError, match="FORBIDDEN: node far may not run near/0"):
+        asyncio.run(register("near/0"))
+    asyncio.run(register("far/0"))
     service.stop()
 
 

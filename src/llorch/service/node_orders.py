@@ -72,7 +72,7 @@ class NodeOrders:
     ) -> None:
         self.state = NodeState.ABSENT
         self._pools = pools
-        self._node_id = node_id
+        self.node_id = node_id
         self._tell = tell
         self._wall = wall
         self._why_not = f"node {node_id} has not joined"
@@ -130,7 +130,7 @@ class NodeOrders:
 
     def expect(self) -> None:
         """It may come."""
-        self.state, self._why_not = NodeState.ABSENT, f"node {self._node_id} has not joined"
+        self.state, self._why_not = NodeState.ABSENT, f"node {self.node_id} has not joined"
         for held in self._held.values():
             self._note(held, self._pending(held))
 
@@ -164,7 +164,7 @@ class NodeOrders:
 
     def leave(self) -> None:
         """Its manager has ended its processes and goes."""
-        self.state, self._why_not = NodeState.ABSENT, f"node {self._node_id} has left"
+        self.state, self._why_not = NodeState.ABSENT, f"node {self.node_id} has left"
         for held in list(self._held.values()):
             self._stop(held)
 
@@ -214,7 +214,7 @@ class NodeOrders:
         replica_id = held.last.replica_id
         error = None
         if held.order is not None and self._is_withheld(held):
-            error = self._error(Forbidden, f"node {self._node_id} may not run replicas of pool {held.order.pool_id}")
+            error = self._error(Forbidden, f"node {self.node_id} may not run replicas of pool {held.order.pool_id}")
         elif self.state is not NodeState.JOINED:
             error = self._error(PoolUnready, self._why_not)
         incarnation = self._newest.get(replica_id, 0)

@@ -115,7 +115,8 @@ class _Node:
 class Nodes:
     """All configured nodes.
 
-    `version` is the service's own, `report` hears what becomes of orders, `new_id` names leases. `report` may call
+    `version` is the service's own, `report` hears what becomes of orders, `on_state` of nodes that come and go, `new_id`
+    names leases. `report` may call
     managers back; what follows from that is told after what was already to be told.
     """
 
@@ -128,8 +129,10 @@ class Nodes:
         lease_s: float,
         report: Callable[[LaunchReport], None],
         new_id: Callable[[], str],
+        on_state: Callable[[str, NodeState], None] = lambda _node_id, _state: None,
     ) -> None:
         self._version = version
+        self._on_state = on_state
         self._clock = clock
         self._lease_s = lease_s
         self._report = report
@@ -337,6 +340,7 @@ class Nodes:
     def _enter(self, node: _Node, state: NodeState) -> None:
         if node.orders.state is not state:
             node.since = self._clock.wall()
+            self._on_state(node.orders.node_id, state)
 
     def _silence(self, node: _Node, why: str) -> None:
         node.lease = None
