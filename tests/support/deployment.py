@@ -10,6 +10,8 @@ from llorch.launch.model_file import locate_demo_model
 from tests.support.driver import Caller
 from tests.support.engines import FakeEngineProcess, LlamaCppProcess
 from tests.support.identities import ALICE, BATCHER, BOB, CAROL, DAVE, WATCHER, Identity
+from tests.support.managed import WARNINGS, fake, pool
+from tests.support.nodes import node_entry
 from tests.support.processes import Process, wait_for
 from tests.support.service import LlorchProcess, make_config, make_pool
 
@@ -164,6 +166,22 @@ def start_quotas(directory: Path, ends: ExitStack) -> Deployment:
     return Deployment(service, {"solo": solo, "duo": duo}, is_keyless=False)
 
 
+def start_managed(directory: Path, ends: ExitStack) -> Deployment:
+    """Engines that llorch starts: `lone` (one replica), `pair` (two), and `afar` on the node `far`; 20 ms a token."""
+    replica = fake(1, token_interval_ms=20)
+    there = {**replica, "managed": {**replica["managed"], "node": "far"}}
+    pools = [
+        pool("lone", replica, model="lone"),
+        pool("pair", replica, replica, model="pair"),
+        pool("afar", there, model="afar"),
+    ]
+    config = make_config(pools, nodes=[node_entry("far")], **FLEETING)
+    expected = [*WARNINGS, "pool_change", "config_reload", "engine_failed", "node_changed"]
+    service = started(ends, LlorchProcess(directory, config, expected=expected))
+    service.wait_ready(3)
+    return Deployment(service, {}, is_keyless=False)
+
+
 def start_demonstration(directory: Path, ends: ExitStack) -> Deployment:
     """`llorch serve` without a configuration."""
     service = started(ends, LlorchProcess(directory, None, expected=["keyless", "cpu_demonstration"]))
@@ -183,6 +201,7 @@ START = {
     "policies": start_policies,
     "quotas": start_quotas,
     "demonstration": start_demonstration,
+    "managed": start_managed,
 }
 
 

@@ -115,9 +115,8 @@ class _Node:
 class Nodes:
     """All configured nodes.
 
-    `version` is the service's own, `report` hears what becomes of orders, `on_state` of nodes that come and go, `new_id`
-    names leases. `report` may call
-    managers back; what follows from that is told after what was already to be told.
+    `version` is the service's own, `report` hears what becomes of orders, `on_state` which nodes come and go, `new_id`
+    names leases. `report` may call managers back; what follows from that is told after what was already to be told.
     """
 
     def __init__(
