@@ -3,13 +3,14 @@
 Rules say what of an example counts; what has none must have the type of the example.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from llorch.client import ApiError, AsyncClient
+from llorch.client import ApiError, AsyncClient, NodeClient
 
 if TYPE_CHECKING:
     from pact import Pact
@@ -21,6 +22,7 @@ def key(name: str) -> str:
 
 
 KEY = key("pact-data-and-control-")
+ADMIN_KEY = key("pact-admin-")
 DATA_KEY = key("pact-data-only-")
 UNKNOWN_KEY = key("pact-unknown-")
 RIVAL_KEY = key("pact-rival-")
@@ -36,6 +38,12 @@ PACED_MODEL = "pact-paced"
 """One slot, 5 ms for a token; its rates are known."""
 WIDE_MODEL = "pact-wide"
 """Two slots."""
+SPARE_MODEL, SPARE_POOL = "pact-spare", "pact-spare"
+"""One slot; the pool is drained and comes back."""
+REMOTE_MODEL, REMOTE_POOL = "pact-remote", "pact-remote"
+"""Its replica is to run on NODE."""
+NODE, OTHER_NODE = "pact-node", "pact-other-node"
+NODE_TOKEN = "lln_" + "pact-node-".ljust(43, "0")
 
 Rule = dict[str, Any]
 State = tuple[str, dict[str, object]]
@@ -72,18 +80,35 @@ class Reply:
     headers: dict[str, tuple[str, Rule]] = field(default_factory=dict)
 
 
+@asynccontextmanager
+async def as_client(url: str, key: str) -> AsyncIterator[AsyncClient]:
+    async with AsyncClient(url, key, patience_s=0, resumes=0) as client:
+        yield client
+
+
+@asynccontextmanager
+async def as_node(url: str, token: str) -> AsyncIterator[NodeClient]:
+    client = NodeClient(url, token)
+    try:
+        yield client
+    finally:
+        await client.aclose()
+
+
 @dataclass(frozen=True)
 class Interaction:
     name: str
     method: str
     path: str
     reply: Reply
-    act: Callable[[AsyncClient], Awaitable[None]]
+    act: Callable[[Any], Awaitable[None]]
+    """With the client that `connect` makes."""
     states: tuple[State, ...] = ()
     key: str = KEY
     body: Any = None
     query: dict[str, str] = field(default_factory=dict)
     headers: dict[str, str] = field(default_factory=dict)
+    connect: Callable[[str, str], AbstractAsyncContextManager[Any]] = as_client
 
     def arrange(self, pact: "Pact") -> None:
         asked = pact.upon_receiving(self.name)
@@ -116,12 +141,12 @@ class Interaction:
 def refused(
     code: str,
     status: int,
-    act: Callable[[AsyncClient], Awaitable[object]],
+    act: Callable[[Any], Awaitable[object]],
     *,
     advised_wait_s: float | None = None,
     policy: str | None = None,
-) -> Callable[[AsyncClient], Any]:
-    async def check(client: AsyncClient) -> None:
+) -> Callable[[Any], Any]:
+    async def check(client: Any) -> None:
         with pytest.raises(ApiError) as told:
             await act(client)
         assert (told.value.status, told.value.code) == (status, code)
@@ -132,8 +157,8 @@ def refused(
     return check
 
 
-def returned(act: Callable[[AsyncClient], Awaitable[object]], **expected: object) -> Callable[[AsyncClient], Any]:
-    async def check(client: AsyncClient) -> None:
+def returned(act: Callable[[Any], Awaitable[object]], **expected: object) -> Callable[[Any], Any]:
+    async def check(client: Any) -> None:
         found = await act(client)
         assert {name: getattr(found, name) for name in expected} == expected
 
@@ -151,10 +176,10 @@ def problem(
     retriable: bool = False,
     policy: str | None = None,
     knows_wait: bool | None = None,
-    details: dict[str, int] | None = None,
+    details: Mapping[str, int | list[str]] | None = None,
     headers: dict[str, tuple[str, Rule]] | None = None,
 ) -> Reply:
-    """A refusal. `knows_wait` None leaves open whether it tells when to come back; `details` are integers by name."""
+    """A refusal. `knows_wait` None leaves open whether it tells when to come back; `details` are examples by name."""
     body: dict[str, Any] = {
         "code": code, "message": "for people", "engine": None, "pool_id": None, "retriable": retriable,
         "retry_after_ms": WAIT_MS if knows_wait else None, "policy_label": policy, "details": details,

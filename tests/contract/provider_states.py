@@ -1,15 +1,28 @@
 """Brings a live service into the states that the pact names, over the public API and the engines' admin path alone."""
 
+import copy
 import threading
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import httpx
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.contract.interactions import KEY, MODEL, PACED_MODEL, QUOTA_KEYS, RIVAL_KEY, WIDE_MODEL
+from llorch import __version__
+from tests.contract.interactions import (
+    ADMIN_KEY,
+    KEY,
+    MODEL,
+    NODE_TOKEN,
+    PACED_MODEL,
+    QUOTA_KEYS,
+    RIVAL_KEY,
+    WIDE_MODEL,
+)
 from tests.support.driver import FINAL
 from tests.support.engines import FakeEngineProcess
 from tests.support.processes import NO_TLS, wait_for
@@ -26,10 +39,15 @@ Parameters = dict[str, Any]
 
 
 class States:
-    """One service with its engines by model. Every state begins with nothing waiting and nothing running."""
+    """One service with its engines by model. Every state begins with nothing waiting and nothing running.
 
-    def __init__(self, service: LlorchProcess, engines: Mapping[str, FakeEngineProcess]) -> None:
+    `file` is the configuration that the service was started with.
+    """
+
+    def __init__(self, service: LlorchProcess, engines: Mapping[str, FakeEngineProcess], file: Path) -> None:
         self._engines = engines
+        self._file = file
+        self._text = file.read_text(encoding="utf-8")
         self._ends = ExitStack()
         self._https = {
             key: self._ends.enter_context(
@@ -37,9 +55,11 @@ class States:
                     base_url=service.url, headers={"Authorization": f"Bearer {key}"}, timeout=20, verify=NO_TLS
                 )
             )
-            for key in (KEY, RIVAL_KEY, *QUOTA_KEYS.values())
+            for key in (KEY, ADMIN_KEY, RIVAL_KEY, *QUOTA_KEYS.values(), NODE_TOKEN)
         }
         self._http = self._https[KEY]
+        self._admin = self._https[ADMIN_KEY]
+        self._node = self._https.pop(NODE_TOKEN)
         self._knows_rates = False
         self._helper: threading.Thread | None = None
         self._failures: list[Exception] = []
@@ -66,6 +86,14 @@ class States:
             "a session that has spent its time": self.overrun,
             "a session whose tokens a running task has reserved": self.reserved,
             "a full queue without a batch task, at known rates": self.nothing_to_shed,
+            "a pool that nobody changes": self.whole,
+            "a pool whose drain waits for a task": self.changing,
+            "the configuration of the start, and none before it": self.unchanged,
+            "a configuration that was changed": self.changed,
+            "a configuration file that cannot be used": self.broken,
+            "a configuration file that changes what needs a restart": self.restart_needed,
+            "a node that nobody holds": self.free,
+            "a node that another pool manager holds": self.held,
         }
 
     def serves(self, parameters: Parameters | None = None) -> None:
@@ -209,9 +237,87 @@ class States:
         engine.command(set={"hold": False})
         engine.release(1_000_000)
 
+    # Pools
+
+    def whole(self, parameters: Parameters) -> None:
+        """It is Ready, and no change of it is under way."""
+        self.serves()
+        path = f"/v1/pools/{parameters['pool_id']}"
+        wait_for(lambda: not self._is_changing(path), "its change is over")
+        if not self._admin.get(f"{path}/health").json()["ready"]:
+            assert self._admin.post(f"{path}/reload").status_code == 202
+            wait_for(lambda: not self._is_changing(path), "it was reloaded")
+            wait_for(lambda: self._admin.get(f"{path}/health").json()["ready"], "it is ready again")
+
+    def changing(self, parameters: Parameters) -> None:
+        self.whole(parameters)
+        self._occupy(parameters)
+        self._engines[parameters["model_ref"]].wait_running(1)
+        response = self._admin.post(f"/v1/pools/{parameters['pool_id']}/drain", json={"deadline_ms": 600_000})
+        assert response.status_code == 202, response.text
+
+    def _is_changing(self, path: str) -> bool:
+        change = self._admin.get(f"{path}/health").json()["change"]
+        return change is not None and change["state"] == "running"
+
+    # The configuration
+
+    def unchanged(self, parameters: Parameters) -> None:
+        """The verifier goes by the names of interactions: only the last changes it."""
+        self._file.write_text(self._text, encoding="utf-8")
+        assert not self._admin.get("/v1/config").json()["can_revert"]
+
+    def changed(self, parameters: Parameters) -> None:
+        self.whole(parameters)
+        document = copy.deepcopy(yaml.safe_load(self._text))
+        spare = next(pool for pool in document["pools"] if pool["id"] == parameters["pool_id"])
+        spare["queue"] = {"capacity": 3}
+        self._file.write_text(yaml.safe_dump(document), encoding="utf-8")
+        response = self._admin.post("/v1/config/reload")
+        assert response.status_code == 202, response.text
+        wait_for(lambda: self._admin.get("/v1/config").json()["change"]["state"] != "running", "it is in force")
+        assert self._admin.get("/v1/config").json()["can_revert"]
+        self._file.write_text(self._text, encoding="utf-8")
+
+    def broken(self, parameters: Parameters) -> None:
+        self._file.write_text(self._text + "\nno_such_setting: 1\n", encoding="utf-8")
+
+    def restart_needed(self, parameters: Parameters) -> None:
+        document = yaml.safe_load(self._text)
+        self._file.write_text(yaml.safe_dump({**document, "streams": {"heartbeat_s": 7}}), encoding="utf-8")
+
+    # Nodes
+
+    def free(self, parameters: Parameters) -> None:
+        """Whoever held it has left; both managers that join here are the only ones that there are."""
+        for boot_id in ("pact-boot", "another-boot"):
+            joined = self._join(parameters["node_id"], boot_id)
+            if joined.status_code == 200:
+                left = self._node.delete(
+                    f"/v1/nodes/{parameters['node_id']}", params={"lease_id": joined.json()["lease_id"]}
+                )
+                assert left.status_code == 204, left.text
+
+    def held(self, parameters: Parameters) -> None:
+        self.free(parameters)
+        joined = self._join(parameters["node_id"], "another-boot")
+        assert joined.status_code == 200, joined.text
+
+    def _join(self, node_id: str, boot_id: str) -> httpx.Response:
+        host = {"gpus": [], "ram_total_bytes": 0, "ram_available_bytes": 0, "driver_resets": 0}
+        body = {
+            "boot_id": boot_id,
+            "manager_version": __version__,
+            "address": "127.0.0.1",
+            "host": host,
+            "replicas": [],
+        }
+        return self._node.put(f"/v1/nodes/{node_id}", json=body)
+
     def close(self) -> None:
         """Raises what went wrong beside the verification."""
         self.serves()
+        self._file.write_text(self._text, encoding="utf-8")
         self._ends.close()
         for failure in self._failures:
             raise failure

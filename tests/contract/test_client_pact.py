@@ -38,6 +38,7 @@ from tests.contract.interactions import (
     regex,
     returned,
 )
+from tests.contract.operator_interactions import OPERATOR_INTERACTIONS
 from tests.contract.policy_interactions import POLICY_INTERACTIONS
 
 PACTS = Path(__file__).parent / "pacts"
@@ -132,21 +133,28 @@ POOL_BODY = {
         {"priority": "batch", "capacity": 4, "full_policy": "drop-lru", "depth": 0},
     ],
     "replicas": {
-        "total": 1, "starting": 0, "loading": 0, "ready": 1, "unready": 0, "draining": 0, "stopped": 0, "failed": 0,
+        "total": 1, "starting": 0, "loading": 0, "ready": 1, "self_test": 0, "unready": 0, "draining": 0, "stopped": 0,
+        "failed": 0,
     },
 }  # fmt: skip
 HEALTH = {
-    "pool_id": POOL, "live": True, "ready": True, "draining": False, "last_error": None, "notice": None,
+    "pool_id": POOL, "live": True, "ready": True, "draining": False, "change": None, "last_error": None,
+    "notice": None,
     "replicas": [{
         "replica_id": f"{POOL}/0", "state": "ready", "slots": 1, "slots_busy": 0, "engine_version": None,
         "engine_version_source": "unverified", "model_digest": None, "model_digest_source": "unverified",
-        "determinism": "exact", "allow_cpu": True, "last_error": None,
+        "determinism": "exact", "allow_cpu": True, "devices": [], "kv_cache_usage_ratio": None, "node": None,
+        "process": None, "last_error": None,
     }],
 }  # fmt: skip
 REPLICA_SET = {
     "engine": "llamacpp", "model": MODEL, "quant": "default", "ctx": 2048, "sampler_profile_version": "v1",
     "engine_version": None, "model_digest": None, "determinism": "exact", "replica_ids": [f"{POOL}/0"],
     "load": {"slots": 1, "slots_busy": 0, "queued": 0},
+    "slo": [{
+        "priority": "interactive", "tasks": 1, "first_token_p95_ms": 2, "total_p95_ms": 5, "error_ratio": 0.5,
+        "window_ms": 300000,
+    }],
 }  # fmt: skip
 CAPABILITIES = {
     "api_version": "1.0",
@@ -318,7 +326,7 @@ INTERACTIONS = [
             "$.pools[0].queues[0].priority": EXACT, "$.pools[0].queues[0].full_policy": EXACT,
             "$.pools[0].queues[1].priority": EXACT, "$.pools[0].queues[1].full_policy": EXACT,
             "$.pools[0].id": EXACT, "$.pools[0].route.model": EXACT, "$.pools[0].route.quant": TEXT_OR_NULL,
-            "$.pools[0].notice": TEXT_OR_NULL,
+            "$.pools[*].notice": TEXT_OR_NULL,
         }),
         states=(SERVES,), act=returned(lambda client: client.list_pools()),
     ),
@@ -330,7 +338,9 @@ INTERACTIONS = [
         "the health of a pool", "GET", f"/v1/pools/{POOL}/health",
         Reply(200, HEALTH, {
             "$.pool_id": EXACT, "$.ready": EXACT, "$.notice": TEXT_OR_NULL,
-            "$.last_error": ANYTHING, "$.replicas[0].replica_id": EXACT,
+            "$.last_error": ANYTHING, "$.change": EXACT, "$.replicas[0].replica_id": EXACT,
+            "$.replicas[0].kv_cache_usage_ratio": any_of({"match": "null"}, {"match": "number"}),
+            "$.replicas[0].node": EXACT, "$.replicas[0].process": EXACT,
             "$.replicas[0].state": EXACT, "$.replicas[0].engine_version": TEXT_OR_NULL,
             "$.replicas[0].model_digest": TEXT_OR_NULL,
             "$.replicas[0].engine_version_source": regex("^(stated|measured|unverified)$"),
@@ -350,8 +360,11 @@ INTERACTIONS = [
             "$.replica_sets[0].model": EXACT, "$.replica_sets[0].quant": TEXT_OR_NULL,
             "$.replica_sets[0].engine_version": TEXT_OR_NULL, "$.replica_sets[0].model_digest": TEXT_OR_NULL,
             "$.replica_sets[0].determinism": regex("^(exact|best_effort)$"),
+            "$.replica_sets[*].slo[*].first_token_p95_ms": INTEGER_OR_NULL,
+            "$.replica_sets[*].slo[*].total_p95_ms": INTEGER_OR_NULL,
+            "$.replica_sets[*].slo[*].error_ratio": any_of({"match": "number"}),
         }),
-        states=(SERVES,), act=returned(lambda client: client.list_replica_sets()),
+        states=(SUCCEEDED,), act=returned(lambda client: client.list_replica_sets()),
     ),
     Interaction(
         "the capabilities", "GET", "/v1/capabilities",
@@ -360,6 +373,7 @@ INTERACTIONS = [
         }),
         states=(SERVES,), act=returned(lambda client: client.get_capabilities(), api_version="1.0"),
     ),
+    *OPERATOR_INTERACTIONS,
     *POLICY_INTERACTIONS,
 ]  # fmt: skip
 
@@ -373,7 +387,7 @@ async def test_the_client_keeps_its_side_of(interaction: Interaction) -> None:
     pact = _pact()
     interaction.arrange(pact)
     with pact.serve() as mock:
-        async with AsyncClient(str(mock.url), interaction.key, patience_s=0, resumes=0) as client:
+        async with interaction.connect(str(mock.url), interaction.key) as client:
             await interaction.act(client)
 
 

@@ -19,13 +19,21 @@ from pact import Verifier
 
 from tests.conftest import Processes
 from tests.contract.interactions import (
+    ADMIN_KEY,
     DATA_KEY,
     KEY,
     MODEL,
+    NODE,
+    NODE_TOKEN,
+    OTHER_NODE,
     PACED_MODEL,
     POOL,
     QUOTA_KEYS,
+    REMOTE_MODEL,
+    REMOTE_POOL,
     RIVAL_KEY,
+    SPARE_MODEL,
+    SPARE_POOL,
     WIDE_MODEL,
 )
 from tests.contract.provider_states import CAPACITY, PACED_CAPACITY, TURNS, States
@@ -41,8 +49,20 @@ QUOTAS: list[dict[str, Any]] = [
 ]
 
 
+REMOTE: dict[str, Any] = {
+    "id": REMOTE_POOL, "engine": "llamacpp", "model": REMOTE_MODEL, "ctx": 2048, "allow_cpu": True,
+    "replicas": [{"slots": 1, "managed": {"launcher": "command", "command": ["engine"], "node": NODE}}],
+}  # fmt: skip
+EXPECTED = ("task_ended", "replica_changed", "config_reload", "engine_failed")
+"""What its log may warn of: tasks fail, a pool is drained, a configuration is refused, a node comes and goes."""
+
+
 def key_entry(name: str, key: str, scopes: list[str], tenant: str = "pact") -> dict[str, Any]:
-    return {"id": name, "tenant": tenant, "sha256": hashlib.sha256(key.encode()).hexdigest(), "scopes": scopes}
+    return {"id": name, "tenant": tenant, "sha256": digest(key), "scopes": scopes}
+
+
+def digest(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
 
 
 @pytest.fixture
@@ -51,6 +71,7 @@ def service_and_states(processes: Processes) -> Iterator[tuple[LlorchProcess, St
         MODEL: processes.fake(MODEL),
         PACED_MODEL: processes.fake(PACED_MODEL, token_interval_ms=5),
         WIDE_MODEL: processes.fake(WIDE_MODEL, slots=2),
+        SPARE_MODEL: processes.fake(SPARE_MODEL),
     }
     pools = [
         make_pool(engines[MODEL], pool_id=POOL, queue={"capacity": CAPACITY}, price=PRICE),
@@ -61,16 +82,20 @@ def service_and_states(processes: Processes) -> Iterator[tuple[LlorchProcess, St
             price=PRICE,
         ),
         make_pool(engines[WIDE_MODEL]),
+        make_pool(engines[SPARE_MODEL], pool_id=SPARE_POOL),
+        REMOTE,
     ]
     config = make_config(pools, keys=[], sessions={"turns": TURNS}, tenants=QUOTAS)
+    config["nodes"] = [{"id": NODE, "sha256": digest(NODE_TOKEN)}, {"id": OTHER_NODE, "sha256": "0" * 64}]
     config["keys"] = [
         key_entry("both", KEY, ["data", "control"]),
+        key_entry("admin", ADMIN_KEY, ["admin"]),
         key_entry("data", DATA_KEY, ["data"]),
         key_entry("rival", RIVAL_KEY, ["data"], "rival"),
         *(key_entry(limit, key, ["data"], limit) for limit, key in QUOTA_KEYS.items()),
     ]
-    service = processes.serve(config, replicas=len(engines), expected=["task_ended"])
-    states = States(service, engines)
+    service = processes.serve(config, replicas=len(engines), expected=EXPECTED)
+    states = States(service, engines, processes.directory / "llorch.yaml")
     yield service, states
     states.close()
     service.stop()

@@ -1,8 +1,10 @@
 """Every operation of both contracts, as schemathesis generates calls of it, against a live server with keys.
 
-ORCH-2006, ORCH-2045, ORCH-2046. How it judges stands in `schemathesis.toml`.
+ORCH-2006, ORCH-2045, ORCH-2046. How it judges stands in `schemathesis.toml`. The control plane comes last: it drains
+the one pool and reloads it, again and again.
 """
 
+import hashlib
 import json
 import os
 import subprocess
@@ -21,7 +23,10 @@ from tests.support.identities import Identity
 from tests.support.processes import ROOT
 from tests.support.service import LlorchProcess, make_config, make_pool
 
-EXAMINER = Identity("examiner", "examiners", ("data", "control"))
+EXAMINER = Identity("examiner", "examiners", ("admin",))
+NODE = load_spec("control")["components"]["parameters"]["NodeIdPath"]["example"]
+"""The node of the contract's examples, so that some heartbeats are answered."""
+NODE_TOKEN = "lln_" + "examined".ljust(43, "0")
 MODEL = load_spec("data")["components"]["schemas"]["TaskRequest"]["example"]["model_ref"]
 """The model of the contract's examples, so that some tasks are accepted."""
 
@@ -30,9 +35,13 @@ MODEL = load_spec("data")["components"]["schemas"]["TaskRequest"]["example"]["mo
 def service(module_processes: Processes) -> Iterator[LlorchProcess]:
     engine = module_processes.fake(MODEL, slots=2, token_interval_ms=1)
     config = make_config(
-        [make_pool(engine, pool_id="small")], keys=[EXAMINER], streams={"disconnect_grace_s": 0.2, "heartbeat_s": 0.2}
+        [make_pool(engine, pool_id="small")],
+        keys=[EXAMINER],
+        nodes=[{"id": NODE, "sha256": hashlib.sha256(NODE_TOKEN.encode()).hexdigest(), "pools": ["small"]}],
+        streams={"disconnect_grace_s": 0.2, "heartbeat_s": 0.2},
     )
-    service = module_processes.serve(config, expected=["task_ended", "Invalid HTTP request received."])
+    expected = ["task_ended", "replica_changed", "config_reload", "Invalid HTTP request received."]
+    service = module_processes.serve(config, expected=expected)
     yield service
     service.stop()
 
@@ -47,7 +56,7 @@ def test_live_server_keeps_the_contract(service: LlorchProcess, name: str, tmp_p
             *(sys.executable, "-m", "schemathesis.cli", "--config-file", ROOT / "schemathesis.toml", "run", contract),
             *("--url", service.url, "--no-color", "--report", "ndjson", "--report-ndjson-path", report),
         ],
-        env={**os.environ, "LLORCH_TEST_KEY": EXAMINER.key},
+        env={**os.environ, "LLORCH_TEST_KEY": EXAMINER.key, "LLORCH_TEST_NODE_TOKEN": NODE_TOKEN},
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -25,6 +25,7 @@ class LlorchProcess(Process):
         config: Mapping[str, Any] | None,
         *,
         name: str = "llorch",
+        log_name: str | None = None,
         expected: Collection[str] = (),
         environment: Mapping[str, str] | None = None,
         program: Sequence[str] = ("-m", "llorch"),
@@ -39,7 +40,9 @@ class LlorchProcess(Process):
             file.write_text(yaml.safe_dump(dict(config)), encoding="utf-8")
             arguments += ["--config", str(file)]
         port = {"LLORCH_SERVER__PORT": str(self.port)}
-        super().__init__(arguments, log=directory / f"{name}.log", environment={**port, **(environment or {})}, cwd=cwd)
+        super().__init__(
+            arguments, log=directory / f"{log_name or name}.log", environment={**port, **(environment or {})}, cwd=cwd
+        )
 
     def wait_ready(self, replicas: int = 1) -> None:
         """Return when that many replicas are Ready (0: when it answers). Raises AssertionError with the log."""

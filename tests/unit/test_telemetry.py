@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from llorch import telemetry_log
 from llorch.domain import events as ev
-from llorch.domain.faults import PREEMPTED
+from llorch.domain.faults import MOVED, PREEMPTED
 from llorch.domain.ledger import Ledger, SessionLimits
 from llorch.domain.policy import QueuePolicy, RoutePolicy
 from llorch.domain.pool import Replica, ReplicaState
@@ -234,7 +234,54 @@ def make_room_and_go_on(watched: Watched) -> None:
         watched.telemetry.observe(ROUTE, ev.Tick(), [ev.Start(task, attempt), ev.Requeue(task, PREEMPTED)], watched.now)
     watched.telemetry.observe_replay(902, 3)
     task.state, task.fault = TaskState.FAILED, Fault(AdmissionReject, policy_label="shed-low-priority")
+    task.ended_at = watched.now
     watched.telemetry.observe(ROUTE, ev.Tick(), [ev.Finish(task)], watched.now)
+
+
+def keep_engines_alive(watched: Watched) -> None:
+    """What becomes of managed engines and their hosts, and of a task whose replica is drained."""
+    moved = Task(TaskSpec(key("moved"), ("acme", "session"), Priority.BATCH, 16, 16), 1, watched.now, ANYWHERE)
+    watched.telemetry.observe(ROUTE, ev.Tick(), [ev.Requeue(moved, MOVED)], watched.now)
+    engines = watched.telemetry.engines
+    engines.count_failures("llamacpp", None, "p", "exit", 1)
+    engines.note_preload("llamacpp", None, "p", 0.5)
+    engines.note_test("llamacpp", None, "p", is_passed=True)
+    engines.count_resets("local", 1)
+    engines.note_reload("done")
+
+
+def test_task_that_is_moved_is_counted_and_is_no_preemption(watched: Watched) -> None:
+    """ORCH-3158."""
+    keep_engines_alive(watched)
+    assert watched.value("tasks_moved_total", engine="llamacpp") == 1
+    assert watched.value("preemptions_total") == 0
+    assert [(line["code"], line["policy"]) for line in watched.lines("task_requeued")] == [("CANCELED", "moved")]
+
+
+def test_tasks_of_a_replica_set_are_kept_for_its_snapshot(watched: Watched) -> None:
+    """ORCH-2104: a canceled one says nothing of the service."""
+    watched.ready()
+    first = watched.submit("a")
+    watched.post(ev.FirstToken(key("a"), first), after_s=0.5)
+    watched.end("a", first, after_s=1.0)
+    watched.end("b", watched.submit("b"), InvalidParams)
+    watched.submit("c")
+    watched.post(ev.CancelRequested(key("c")))
+    window = watched.telemetry.slo(ROUTE, COHORT, Priority.INTERACTIVE, watched.now)
+    assert window is not None
+    assert (window.tasks, window.error_ratio) == (2, 0.5)
+    assert window.first_token_p95_s == pytest.approx(0.5)
+    assert window.total_p95_s == pytest.approx(1.5)
+    assert watched.telemetry.slo(ROUTE, COHORT, Priority.BATCH, watched.now) is None
+
+
+def test_route_that_is_opened_later_has_its_own_labels(watched: Watched) -> None:
+    """ORCH-3031."""
+    watched.telemetry.set_routes([RouteScope("llamacpp/new", "llamacpp", "new")])
+    watched.telemetry.observe("llamacpp/new", ev.ShutdownRequested(1.0), [], watched.now)
+    watched.ready()
+    assert watched.lines("shutdown_requested")[0]["route"] == "llamacpp/new"
+    assert watched.lines("replica_changed")[0]["route"] == ROUTE
 
 
 def test_every_counter_and_histogram_of_the_contract_moves(watched: Watched) -> None:
@@ -250,6 +297,7 @@ def test_every_counter_and_histogram_of_the_contract_moves(watched: Watched) -> 
     watched.telemetry.observe_request("create_task", 202)
     make_room_and_go_on(watched)
     watched.telemetry.observe_rejection("llamacpp", "NO_SUCH_CODE")
+    keep_engines_alive(watched)
     families = [family for family in FAMILIES if family.kind != "gauge"]
     suffix = {"counter": "", "histogram": "_count"}
     assert [family.name for family in families if watched.value(family.name + suffix[family.kind]) == 0] == []

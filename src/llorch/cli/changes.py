@@ -11,12 +11,13 @@ from llorch.cli.connection import Connection, connects
 from llorch.cli.exits import Complaint, Exit
 from llorch.cli.live import LiveLine, clean, print_json
 from llorch.cli.words import change_line, config_line
-from llorch.client import AsyncClient, ChangeState, ConfigStatus, PoolChange
+from llorch.client import AsyncClient, ChangeState, ConfigChange, ConfigStatus, PoolChange
 
 LOOK_S = 0.2
 """Between two looks at how far a change is."""
 
 T = TypeVar("T", PoolChange, ConfigStatus)
+C = TypeVar("C", PoolChange, ConfigChange)
 
 _deadline = click.option(
     "--deadline-s", type=click.FloatRange(0, 86400), metavar="SECONDS",
@@ -71,6 +72,8 @@ def reload(
     """
     if (pool is None) != (is_config or revert) or (is_config and revert):
         raise click.UsageError("name a POOL, or one of --config and --revert")
+    if pool is None and deadline_s is not None:
+        raise click.UsageError("--deadline-s goes with a POOL; a configuration says itself how long its pools have")
     if pool is not None:
         _tell_pool(pool, asyncio.run(_reload_pool(connection, pool, deadline_s, no_wait=no_wait)), as_json=as_json)
     else:
@@ -86,12 +89,21 @@ async def _reload_pool(connection: Connection, pool: str, deadline_s: float | No
 async def _change_config(connection: Connection, *, revert: bool, no_wait: bool) -> ConfigStatus:
     async with connection.client() as client:
         begun = await (client.revert_config() if revert else client.reload_config())
-        return begun if no_wait else await _follow(client.get_config, begun, config_line, _is_config_over)
+        return begun if no_wait else await _follow_config(client, begun)
+
+
+async def _follow_config(client: AsyncClient, begun: ConfigStatus) -> ConfigStatus:
+    async def look() -> ConfigStatus:
+        status = await client.get_config()
+        _known(status.change, begun.change)
+        return status
+
+    return await _follow(look, begun, config_line, _is_config_over)
 
 
 async def _follow_pool(client: AsyncClient, pool: str, begun: PoolChange) -> PoolChange:
     async def look() -> PoolChange:
-        return (await client.get_pool_health(pool)).change or begun
+        return _known((await client.get_pool_health(pool)).change, begun)
 
     return await _follow(look, begun, lambda change: f"{pool}: {change_line(change)}", _is_over)
 
@@ -110,6 +122,17 @@ async def _follow(
     finally:
         line.hide()
     return change
+
+
+def _known(seen: C | None, begun: C | None) -> C:
+    """What the server tells, as long as that is the change that this command has begun."""
+    if seen is None or begun is None or seen.started_at != begun.started_at:
+        raise Complaint(
+            "llorch: how it ended is not known: the server was restarted, or another change has begun since."
+            " `llorch pools` shows how it is now.",
+            Exit.FAILED,
+        )
+    return seen
 
 
 def _is_over(change: PoolChange) -> bool:

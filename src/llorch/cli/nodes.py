@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from llorch.client import HostFacts, Node
 
 _FILE = click.Path(dir_okay=False, exists=True)
 _GIB = 1 << 30
+_MILLISECONDS = re.compile(r"\.\d+(?=Z$)")
+"""Of a time; a table on 100 columns has no room for them."""
 
 
 @click.group(invoke_without_command=True)
@@ -51,8 +54,8 @@ def _table(found: list[Node]) -> Table:
         lease = "" if node.lease_remaining_ms is None else seconds(node.lease_remaining_ms)
         replicas = ", ".join(f"{r.replica_id} {r.phase.value}" for r in node.replicas)
         table.add_row(
-            node.node_id, node.state.value, node.since or "", lease, clean(node.manager_version or ""),
-            clean(node.address or ""), _memory(node.host), clean(replicas),
+            node.node_id, node.state.value, _MILLISECONDS.sub("", node.since or ""), lease,
+            clean(node.manager_version or ""), clean(node.address or ""), _memory(node.host), clean(replicas),
         )  # fmt: skip
     return table
 
@@ -130,18 +133,17 @@ def pool_manager(
 
     What is run here, the server's configuration says (replicas with managed.node).
     """
-    from llorch import app
-
-    if (token is None) == (token_file is None):
-        raise click.UsageError("give the token by LLORCH_NODE_TOKEN, --token or --token-file, one of them")
+    secret = _secret(token, token_file)
     if (cert is None) != (key is None):
         raise click.UsageError("--cert and --key go together")
-    secret = token if token is not None else Path(str(token_file)).read_text(encoding="utf-8").strip()
     os.environ.pop("LLORCH_NODE_TOKEN", None)  # engines inherit the environment
+
+    from llorch import app
+
     app.run_pool_manager(
         app.NodeOptions(
             url=url,
-            token=secret or "",
+            token=secret,
             node_id=node_id or socket.gethostname(),
             address=address or listen,
             listen=listen,
@@ -151,3 +153,16 @@ def pool_manager(
             log_format=log_format,
         )
     )
+
+
+def _secret(token: str | None, file: str | None) -> str:
+    """The token, of whichever of the two is given. Raises UsageError when that is none or both, or has no token."""
+    if (token is None) == (file is None):
+        raise click.UsageError("give the token by LLORCH_NODE_TOKEN, --token or --token-file, one of them")
+    try:
+        words = (Path(file).read_text(encoding="ascii") if file is not None else token or "").split()
+    except (OSError, UnicodeDecodeError):
+        words = []
+    if len(words) != 1:
+        raise click.UsageError(f"there is no token in {file or '--token'}")
+    return words[0]

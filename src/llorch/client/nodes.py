@@ -3,10 +3,15 @@
 Orders and reports are values of the service on this side; the wire's models end here.
 """
 
+import asyncio
 import random
+from collections.abc import Mapping
 from typing import Final
 from urllib.parse import quote
 
+import httpx
+
+from llorch.client.errors import Unreachable
 from llorch.client.events import read
 from llorch.client.transport import Timeouts, Transport
 from llorch.domain.backoff import RestartPolicy
@@ -53,15 +58,24 @@ class NodeClient:
 
     async def leave(self, node_id: str, lease_id: str) -> None:
         """Give the node back."""
-        await self._transport.call("DELETE", _path(node_id), params={"lease_id": lease_id}, is_repeatable=False)
+        await self._call("DELETE", _path(node_id), params={"lease_id": lease_id})
 
     async def aclose(self) -> None:
         """Close the connections."""
         await self._transport.aclose()
 
     async def _orders(self, method: str, path: str, body: str) -> Orders:
-        answer = await self._transport.call(method, path, body=body, is_repeatable=False)
-        return _to_orders(read(models.NodeOrders, answer.content))
+        return _to_orders(read(models.NodeOrders, (await self._call(method, path, body=body)).content))
+
+    async def _call(
+        self, method: str, path: str, *, body: str | None = None, params: Mapping[str, str | int] | None = None
+    ) -> httpx.Response:
+        """One answer. The transport bounds each read of it, which is no bound for an answer that trickles."""
+        try:
+            async with asyncio.timeout(TIMEOUTS.connect_s + TIMEOUTS.answer_s):
+                return await self._transport.call(method, path, body=body, params=params, is_repeatable=False)
+        except TimeoutError as exc:
+            raise Unreachable("the server did not end its answer in time", dropped=True) from exc
 
 
 def _path(node_id: str) -> str:

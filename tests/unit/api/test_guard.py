@@ -6,7 +6,7 @@ import pytest
 
 from llorch.api.guard import is_loopback
 from tests.unit.api.conftest import Client
-from tests.unit.api.fakes import TASK
+from tests.unit.api.fakes import LEASE, NODE, TASK
 
 BODY = b'{"model_ref":"smol","prompt":"x"}'
 JSON = {"Content-Type": "application/json"}
@@ -46,6 +46,15 @@ async def test_rebound_name_is_forbidden_everywhere(keyless: Client) -> None:
     for path in ("/healthz", "/v1/tasks", "/metrics", "/nope"):
         response = await keyless.get(path, headers={"Host": "evil.example"})
         assert (response.status_code, response.json()["code"]) == (403, "FORBIDDEN")
+
+
+async def test_token_of_a_node_opens_no_rebound_name(keyless: Client) -> None:
+    """ORCH-2105: a server without keys is for this machine only, for nodes as for everybody."""
+    headers = keyless.edge.bearer(NODE)
+    params = {"lease_id": LEASE}
+    refused = await keyless.delete(f"/v1/nodes/{NODE}", params=params, headers=headers | {"Host": "evil.example"})
+    assert (refused.status_code, keyless.edge.nodes.left) == (403, [])
+    assert (await keyless.delete(f"/v1/nodes/{NODE}", params=params, headers=headers)).status_code == 204
 
 
 async def test_two_host_headers_are_forbidden(keyless: Client) -> None:

@@ -168,6 +168,40 @@ def test_change_that_failed_ends_the_command_so(server: ScriptedServer, state: s
     assert words in result.stderr
 
 
+@pytest.mark.parametrize("seen", [None, {**CHANGE, "started_at": "2025-11-23T05:00:00Z", "state": "done"}])
+def test_change_that_the_server_tells_of_no_more_is_not_followed_on(
+    server: ScriptedServer, seen: dict[str, Any] | None
+) -> None:
+    """ORCH-3271: neither for ever after a restart of the server, nor with the end of somebody else's change."""
+    server.on("POST", "/v1/pools/small/reload", body(CHANGE, 202))
+    serve_pool(server, REPLICA, change=seen)
+    result = run(server, "reload", "small")
+    assert (result.exit_code, result.stdout) == (Exit.FAILED, "")
+    assert "how it ended is not known" in result.stderr
+
+
+@pytest.mark.parametrize("seen", [None, {**CONFIG["change"], "started_at": "2025-11-23T05:00:00Z"}])
+def test_configuration_of_a_restarted_server_is_not_told_as_the_one_that_was_asked_for(
+    server: ScriptedServer, seen: dict[str, Any] | None
+) -> None:
+    """ORCH-3271."""
+    server.on("POST", "/v1/config/reload", body({**CONFIG, "change": {**CONFIG["change"], "state": "running"}}, 202))
+    server.on("GET", "/v1/config", body({**CONFIG, "revision": 1, "change": seen}))
+    result = run(server, "reload", "--config")
+    assert (result.exit_code, result.stdout) == (Exit.FAILED, "")
+    assert "how it ended is not known" in result.stderr
+
+
+def test_configuration_is_followed_to_its_end(server: ScriptedServer) -> None:
+    server.on("POST", "/v1/config/reload", body({**CONFIG, "change": {**CONFIG["change"], "state": "running"}}, 202))
+    server.on("GET", "/v1/config", body({**CONFIG, "change": {**CONFIG["change"], "state": "rolled_back"}}))
+    result = run(server, "reload", "--config")
+    assert (result.exit_code, result.stdout) == (
+        Exit.FAILED, "configuration 2: rolled back · pools[small].ctx\n",
+    )  # fmt: skip
+    assert "everything is as it was before" in result.stderr
+
+
 def test_change_that_is_refused_says_why(server: ScriptedServer) -> None:
     server.on("POST", "/v1/pools/small/drain", problem(409, "CONFLICT", "another change of pool small is under way"))
     result = run(server, "drain", "small")
@@ -183,7 +217,9 @@ def test_configuration_is_reloaded_and_reverted(server: ScriptedServer) -> None:
     assert run(server, "reload", "--revert").stdout.startswith("configuration 3: done")
 
 
-@pytest.mark.parametrize("words", [(), ("small", "--config"), ("--config", "--revert"), ("small", "--revert")])
+@pytest.mark.parametrize("words", [
+        (), ("small", "--config"), ("--config", "--revert"), ("small", "--revert"), ("--config", "--deadline-s", "3"),
+    ])  # fmt: skip
 def test_reload_is_of_one_thing(server: ScriptedServer, words: tuple[str, ...]) -> None:
     result = run(server, "reload", *words)
     assert result.exit_code == Exit.USAGE
@@ -206,8 +242,8 @@ def test_nodes_shows_hosts_their_gpus_and_processes(server: ScriptedServer) -> N
     gpus = [gpu, {**gpu, "index": 1, "is_lost": True}]
     host = {"gpus": gpus, "ram_total_bytes": 64 * gib, "ram_available_bytes": gib, "driver_resets": 1}
     node = {
-        "node_id": "gpu-2", "state": "joined", "since": AT, "manager_version": "0.1.0", "address": "10.0.0.2",
-        "lease_remaining_ms": 8400, "host": host,
+        "node_id": "gpu-2", "state": "joined", "since": "2025-11-23T04:25:00.123Z",
+        "manager_version": "0.1.0", "address": "10.0.0.2", "lease_remaining_ms": 8400, "host": host,
         "replicas": [{"replica_id": "small/0", "phase": "up", "incarnation": 1}],
     }  # fmt: skip
     absent = {**node, "node_id": "gpu-3", "state": "absent", "since": None, "manager_version": None, "address": None,
@@ -268,10 +304,23 @@ def test_pool_manager_takes_its_token_from_a_file(options: list[app.NodeOptions]
     assert (options[0].token, options[0].address, options[0].listen) == ("lln_y", "a.test", "127.0.0.1")
 
 
+@pytest.mark.parametrize("content", [b"", b" \n", b"\xff\xfe", b"lln_y lln_z"])
+def test_file_that_is_no_token_is_told_with_its_name(
+    options: list[app.NodeOptions], tmp_path: Path, content: bytes
+) -> None:
+    file = tmp_path / "token"
+    file.write_bytes(content)
+    seen = CliRunner().invoke(cli, ["pool-manager", "--join", "http://h:1", "--token-file", str(file)])
+    assert (seen.exit_code, options) == (Exit.USAGE, [])
+    assert "there is no token in" in seen.stderr
+    assert "lln_" not in seen.stderr
+
+
 @pytest.mark.parametrize(
     "words",
     [
         ("--join", "http://h:1"),
+        ("--join", "http://h:1", "--token", ""),
         ("--token", "t"),
         ("--join", "http://h:1", "--token", "t", "--cert", __file__),
         ("--join", "http://h:1", "--token", "t", "--node", "no such name"),

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import ssl
 import threading
 from collections import defaultdict, deque
 from collections.abc import Mapping
@@ -43,7 +44,7 @@ class Request:
 class Reply:
     """`is_dropped`: the connection is reset after the body. `is_held`: it stays open until the client leaves.
 
-    `pieces` are sent one after the other, each its own TCP write.
+    `pieces` are sent one after the other, each its own TCP write, with `pause_s` between them.
     """
 
     status: int = 200
@@ -51,6 +52,7 @@ class Reply:
     headers: Mapping[str, str] = field(default_factory=dict)
     is_dropped: bool = False
     is_held: bool = False
+    pause_s: float = 0.0
     is_silent: bool = False
     """Not even a status line: the connection just ends."""
 
@@ -100,9 +102,13 @@ SILENCE = Reply(is_silent=True)
 
 
 class ScriptedServer:
-    """Answers each (method, path) with its replies in order, the last one again and again. Runs in its own thread."""
+    """Answers each (method, path) with its replies in order, the last one again and again. Runs in its own thread.
 
-    def __init__(self) -> None:
+    With `tls` it speaks HTTPS.
+    """
+
+    def __init__(self, *, tls: ssl.SSLContext | None = None) -> None:
+        self._tls = tls
         self._replies: dict[tuple[str, str], deque[Reply]] = defaultdict(deque)
         self._by_ending: dict[str, deque[Reply]] = defaultdict(deque)
         self.requests: list[Request] = []
@@ -114,9 +120,9 @@ class ScriptedServer:
     def __enter__(self) -> Self:
         self._thread.start()
         self._server = asyncio.run_coroutine_threadsafe(
-            asyncio.start_server(self._serve, "127.0.0.1", 0), self._loop
+            asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=self._tls), self._loop
         ).result(5)
-        self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        self.url = f"http{'s' if self._tls else ''}://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -202,7 +208,7 @@ async def _write(writer: asyncio.StreamWriter, reply: Reply) -> None:
     for piece in reply.pieces:
         writer.write(b"%x\r\n%b\r\n" % (len(piece), piece) if is_open_ended else piece)
         await writer.drain()
-        await asyncio.sleep(0)
+        await asyncio.sleep(reply.pause_s)
     if is_open_ended and not (reply.is_dropped or reply.is_held):
         writer.write(b"0\r\n\r\n")
         await writer.drain()

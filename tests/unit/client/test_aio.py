@@ -2,6 +2,7 @@
 
 import json
 import uuid
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -175,6 +176,26 @@ async def test_an_error_carries_its_envelope(server: ScriptedServer, status: int
             await client.submit(model_ref="m", prompt="p")
     assert told.value.problem is not None
     assert (told.value.code, told.value.problem.correlation_id) == (code, "req-1")
+
+
+@pytest.mark.parametrize(
+    ("path", "call"),
+    [
+        ("/v1/pools/small/drain", lambda client: client.drain_pool("small")),
+        ("/v1/pools/small/reload", lambda client: client.reload_pool("small", 5)),
+        ("/v1/config/reload", lambda client: client.reload_config()),
+        ("/v1/config/revert", lambda client: client.revert_config()),
+    ],
+)
+async def test_change_whose_answer_was_lost_is_not_begun_again(
+    server: ScriptedServer, path: str, call: Callable[[AsyncClient], Awaitable[object]]
+) -> None:
+    """ORCH-2101, ORCH-2102, ORCH-3031: it may have been done since, and would be done twice."""
+    server.on("POST", path, SILENCE)
+    async with AsyncClient(server.url) as client:
+        with pytest.raises(Unreachable):
+            await call(client)
+    assert len(server.requests) == 1
 
 
 async def test_an_answer_that_breaks_the_contract_is_a_fault(server: ScriptedServer) -> None:

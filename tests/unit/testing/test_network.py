@@ -9,8 +9,7 @@ import pytest
 
 from tests.support.engines import FakeEngineProcess
 from tests.support.network import Wire
-from tests.support.processes import wait_for
-from tests.support.processes import free_port
+from tests.support.processes import free_port, wait_for
 
 SILENCE_S = 0.15
 STEP_S = 5.0
