@@ -100,7 +100,7 @@ class Watched:
         self.state = ReplicaState.STARTING
         self.comes_back = False
         self.is_released = False
-        """It is not wanted any more; its process may have yet to hear of it, where its node was silent."""
+        """It is not wanted any more: what a process tells that still has to hear of it (its node was silent) is no life."""
         self.foreign_slots = 0
         """Slots that work for somebody else, as last told to the scheduler."""
         self._clock = clock
