@@ -186,7 +186,6 @@ class Pools:
     def release(self, watched: Watched) -> None:
         """End its process for good, where it is managed; a report says when it is gone."""
         if watched.config.order is not None:
-            watched.is_released = True
             self._manager(watched).release(watched.replica_id)
 
     def vacate(self, watched: Watched) -> None:

@@ -99,8 +99,6 @@ class Watched:
         self.failed_tests = 0
         self.state = ReplicaState.STARTING
         self.comes_back = False
-        self.is_released = False
-        """It is not wanted any more: what a process tells that still has to hear of it (its node was silent) is no life."""
         self.foreign_slots = 0
         """Slots that work for somebody else, as last told to the scheduler."""
         self._clock = clock
@@ -190,7 +188,6 @@ class Watched:
         self.config, self.launch, self.load, self._facts = config, None, None, None
         self.engine = self._client()
         self.failed_tests = 0
-        self.is_released = False
         self.move(ReplicaState.STARTING)
         self._poked.set()
         return old if old is not self.engine else None
@@ -242,8 +239,6 @@ class Watched:
         """Be in the state that the process leaves; while it is up, the probes say which."""
         state = self.state
         if state is ReplicaState.DRAINING:
-            return
-        if self.is_released and state.is_gone:
             return
         if report.phase is Phase.STOPPED:
             self.move(ReplicaState.STOPPED)

@@ -133,19 +133,6 @@ async def test_reload_whose_swap_fails_starts_the_former_one_again() -> None:
         await estate.ready("a/0")
 
 
-async def test_process_that_has_yet_to_hear_of_its_release_does_not_revive_its_replica() -> None:
-    """ORCH-2101: its node was silent when the pool was drained, and comes back with it."""
-    async with Estate(managed(A)) as estate:
-        await estate.ready("a/0")
-        estate.changes.drain("a", 0.0)
-        await estate.changed()
-        estate.manager.up("a/0")
-        await asyncio.sleep(30)
-        assert estate.states() == {"a/0": "stopped"}
-        estate.manager.lose("a/0")
-        assert estate.states() == {"a/0": "stopped"}
-
-
 async def test_drained_pool_is_started_again_by_a_reload() -> None:
     async with Estate(managed(A)) as estate:
         await estate.ready("a/0")
